@@ -1,0 +1,103 @@
+"""gossipmesh: several machines on a LAN train one PyTorch model together, with no server.
+
+    with mesh.join(model, optimizer, run="digits") as node:
+        for x, y in loader:
+            ...
+            node.step(loss=loss.item(), samples=len(x))
+
+Importing mesh imports neither torch nor trio; each name below is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mesh.client import RunningNode, ask, find_node, running_nodes
+    from mesh.errors import (
+        IdentityError,
+        MeshError,
+        NodeNotRunning,
+        PeersMissing,
+        UsageError,
+    )
+    from mesh.identity import (
+        create_mesh,
+        is_member,
+        join_mesh,
+        leave_mesh,
+        load,
+        read_token,
+        rename,
+    )
+    from mesh.launch import NodeProcess, start_node
+    from mesh.process import run_node
+    from mesh.settings import NodeSettings, parse_address, state_directory
+    from mesh.training import JoinedNode, Statistics, join
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "join": "training",
+    "JoinedNode": "training",
+    "Statistics": "training",
+    "NodeSettings": "settings",
+    "parse_address": "settings",
+    "state_directory": "settings",
+    "create_mesh": "identity",
+    "join_mesh": "identity",
+    "leave_mesh": "identity",
+    "is_member": "identity",
+    "load": "identity",
+    "read_token": "identity",
+    "rename": "identity",
+    "ask": "client",
+    "find_node": "client",
+    "running_nodes": "client",
+    "RunningNode": "client",
+    "start_node": "launch",
+    "NodeProcess": "launch",
+    "run_node": "process",
+    "MeshError": "errors",
+    "UsageError": "errors",
+    "NodeNotRunning": "errors",
+    "IdentityError": "errors",
+    "PeersMissing": "errors",
+}
+
+__all__ = [
+    "IdentityError",
+    "JoinedNode",
+    "MeshError",
+    "NodeNotRunning",
+    "NodeProcess",
+    "NodeSettings",
+    "PeersMissing",
+    "RunningNode",
+    "Statistics",
+    "UsageError",
+    "ask",
+    "create_mesh",
+    "find_node",
+    "is_member",
+    "join",
+    "join_mesh",
+    "leave_mesh",
+    "load",
+    "parse_address",
+    "read_token",
+    "rename",
+    "run_node",
+    "running_nodes",
+    "start_node",
+    "state_directory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mesh' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mesh.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

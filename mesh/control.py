@@ -1,0 +1,311 @@
+"""The node's local socket: answers questions, attaches trainings. The other end is client.py.
+
+Rules: 1. Only this user reaches it: 0600 in a 0700 directory, and the kernel says who calls. 2. One
+JSON object a line; an operation is looked up in a table, never by name on an object. 3. A training's
+session ends with its connection: its run is dropped, the node stays.
+A post's trip: line -> _serve_training -> Run.post() merges -> Node.posted() -> the schedule.
+"""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from mesh import report
+from mesh.core.messages import SchemaEntry
+from mesh.core.schema import ENTRIES_LIMIT
+from mesh.errors import MeshError, UsageError
+from mesh.node import Node
+from mesh.runs import Run, RunSpec
+from mesh.shared import HandOverMemory
+
+LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
+"""The schema of 65,536 tensors is about 8 MB."""
+
+EVENTS_LIMIT: Final = 1024
+EXITS_KEPT: Final = 16
+CONNECTIONS_LIMIT: Final = 64
+DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
+
+Request = dict[str, Any]
+
+
+class Control:
+    """Serves one node's local socket."""
+
+    def __init__(self, node: Node, *, mesh: str, state: Path, stop: Callable[[], None]) -> None:
+        """`stop` ends the node process politely (`mesh leave`)."""
+        self._node = node
+        self._mesh = mesh
+        self._state = state
+        self._stop = stop
+        self._exits: deque[report.Exit] = deque(maxlen=EXITS_KEPT)
+        self._connections = 0
+        self.linger_s = 0.0
+        """how long the node outlives the program that started it, to report a crash"""
+        self._answers: dict[str, Callable[[Request], dict[str, Any]]] = {
+            "status": self._status,
+            "peers": self._peers,
+            "exited": self._exited,
+            "leave": self._leave,
+        }
+
+    async def serve(self, listener: trio.socket.SocketType) -> None:
+        """Accepts connections until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                connection, _ = await listener.accept()
+                if self._connections >= CONNECTIONS_LIMIT or not _is_own_user(connection):
+                    connection.close()
+                    continue
+                nursery.start_soon(self._serve_one, connection)
+
+    async def _serve_one(self, connection: trio.socket.SocketType) -> None:
+        self._connections += 1
+        lines = _Lines(connection)
+        try:
+            while (request := await lines.receive()) is not None:
+                if request.get("op") == "attach":
+                    await self._attach(lines, request)
+                    return
+                await lines.send(self._answer(request))
+        except OSError:
+            pass  # whoever asked went away
+        finally:
+            self._connections -= 1
+            connection.close()
+
+    def _answer(self, request: Request) -> dict[str, Any]:
+        answer = self._answers.get(str(request.get("op")))
+        if answer is None:
+            return _error(UsageError(f"this node knows no {request.get('op')!r}"))
+        try:
+            return {"ok": True, **answer(request)}
+        except MeshError as error:
+            return _error(error)
+
+    def _status(self, request: Request) -> dict[str, Any]:
+        return report.status(
+            self._node.statistics(), mesh=self._mesh, state=str(self._state), exits=self._exits
+        )
+
+    def _peers(self, request: Request) -> dict[str, Any]:
+        return report.peers(self._node.statistics())
+
+    def _exited(self, request: Request) -> dict[str, Any]:
+        """`mesh run` reports how its script ended."""
+        pid, code = _whole(request, "pid"), _whole(request, "code", low=-64)
+        known = [e for e in self._exits if e.pid == pid]
+        for entry in known:
+            self._exits.remove(entry)
+        run = known[0].run if known else None
+        self._note_exit(run, str(request.get("script"))[:500], pid, code)
+        self.linger_s = min(_real(request, "linger_s", 0.0, 3600.0), 3600.0)
+        return {}
+
+    def _leave(self, request: Request) -> dict[str, Any]:
+        self._stop()
+        return {}
+
+    def _note_exit(self, run: str | None, script: str, pid: int, code: int | None) -> None:
+        at_s = self._node.statistics().uptime_s
+        self._exits.append(report.Exit(run=run, script=script, pid=pid, code=code, at_s=at_s))
+
+    # -------------------------------------------------------------------------------- trainings
+
+    async def _attach(self, lines: "_Lines", request: Request) -> None:
+        try:
+            spec = _spec(request)
+            self._node.check_run(spec)
+            entries = sum(math.prod(entry.shape) for entry in spec.entries)
+            memory = HandOverMemory.create(entries)
+        except (MeshError, OSError) as error:
+            await lines.send(_error(error))
+            return
+        put, take = trio.open_memory_channel[dict[str, Any]](EVENTS_LIMIT)
+        run: Run | None = None
+        polite = False
+
+        def tell(event: dict[str, Any]) -> None:
+            # Offers alternate with posts, so this fits; if it does not, the training is gone.
+            with contextlib.suppress(trio.WouldBlock):
+                put.send_nowait(event)
+
+        try:
+            await lines.send({"ok": True, "entries": entries}, descriptor=memory.descriptor)
+            if await lines.receive() is None:
+                return
+            try:
+                run = await self._node.attach(spec, memory.posted, memory.offered, tell)
+            except MeshError as error:
+                await lines.send({"event": "refused", "reason": str(error)})
+                return
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_training, lines, take)
+                polite = await self._serve_training(lines, run)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                if run is not None:
+                    await self._node.detach(run)
+            memory.close()
+            if run is not None and not polite:
+                self._note_exit(spec.run, spec.script, spec.pid, None)
+        await lines.send({"event": "detached"})
+
+    async def _tell_training(
+        self, lines: "_Lines", take: trio.MemoryReceiveChannel[dict[str, Any]]
+    ) -> None:
+        try:
+            async for event in take:
+                await lines.send(event)
+        except OSError:
+            pass  # _serve_training sees the end of the same connection
+
+    async def _serve_training(self, lines: "_Lines", run: Run) -> bool:
+        """Until the training detaches (True) or its connection ends (False)."""
+        try:
+            while (request := await lines.receive()) is not None:
+                match request.get("op"):
+                    case "post":
+                        await self._post(run, request)
+                    case "want":
+                        run.offer()
+                    case "detach":
+                        return True
+                    case _:
+                        return False
+        except (OSError, MeshError):
+            pass  # the training died, or says what makes no sense: either way it ends here
+        return False
+
+    async def _post(self, run: Run, request: Request) -> None:
+        loss = request.get("loss")
+        run.post(
+            step=_whole(request, "step"),
+            loss=float(loss) if isinstance(loss, (int, float)) else None,
+            samples=_whole(request, "samples"),
+        )
+        if request.get("want") is True:
+            run.offer()
+        await self._node.posted(run, waits=request.get("waits") is True)
+
+
+class _Lines:
+    """JSON objects, one a line, over a local connection."""
+
+    def __init__(self, connection: trio.socket.SocketType) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+        self._sending = trio.Lock()
+
+    async def receive(self) -> Request | None:
+        """The next object; None at the end, or after anything that is not one."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            data = await self._connection.recv(65536)
+            if not data or searched > LINE_LIMIT_BYTES:
+                return None
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return request if isinstance(request, dict) else None
+
+    async def send(self, answer: dict[str, Any], descriptor: int | None = None) -> None:
+        data = memoryview(json.dumps(answer, allow_nan=False).encode() + b"\n")
+        async with self._sending:
+            if descriptor is not None:
+                rights = struct.pack("i", descriptor)
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+                sent = await self._connection.sendmsg([data], ancillary)
+                data = data[sent:]
+            while data:
+                data = data[await self._connection.send(data) :]
+
+
+def listen(path: Path) -> trio.socket.SocketType:
+    """A listening local socket that only this user can open; a dead process's is replaced."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    listener.listen(16)
+    return trio.socket.from_stdlib_socket(listener)
+
+
+def _is_own_user(connection: trio.socket.SocketType) -> bool:
+    if sys.platform != "linux":
+        return True  # the directory's 0700 is what protects it there
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    _, user, _ = struct.unpack("3i", credentials)
+    return user in (os.getuid(), 0)
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    code = "usage" if isinstance(error, UsageError) else "error"
+    return {"ok": False, "error": {"code": code, "message": str(error)}}
+
+
+def _whole(request: Request, key: str, low: int = 0) -> int:
+    value = request.get(key)
+    if type(value) is not int or not low <= value < 2**63:
+        raise UsageError(f"{key} is a whole number from {low}")
+    return value
+
+
+def _real(request: Request, key: str, low: float, high: float) -> float:
+    value = request.get(key, low)
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UsageError(f"{key} is a number of {low:g}..{high:g}")
+    return float(value)
+
+
+def _spec(request: Request) -> RunSpec:
+    """What a training says of itself, checked. Raises UsageError."""
+    name, schema = request.get("run"), request.get("schema")
+    if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
+        raise UsageError("run= is a name of 1..64 printable characters")
+    if not isinstance(schema, list) or not 0 < len(schema) <= ENTRIES_LIMIT:
+        raise UsageError(f"a model has 1..{ENTRIES_LIMIT} tensors")
+    return RunSpec(
+        run=name,
+        entries=tuple(_entry(item) for item in schema),
+        weight=_real(request, "weight", 0.0, 1e12),
+        every=_whole(request, "every", low=1),
+        sync_timeout_s=_real(request, "sync_timeout_s", 0.0, 86400.0),
+        pid=_whole(request, "pid"),
+        script=str(request.get("script"))[:500],
+        started=request.get("started") is True,
+        exchanged=request.get("exchanged") is True,
+    )
+
+
+def _entry(item: object) -> SchemaEntry:
+    match item:
+        case [str(name), list(shape), str(dtype)] if (
+            len(name) <= 256
+            and name.isprintable()
+            and dtype in DTYPES
+            and len(shape) <= 16
+            and all(type(size) is int and 0 <= size < 2**40 for size in shape)
+        ):
+            return SchemaEntry(name=name, shape=tuple(shape), dtype=dtype)
+    raise UsageError(f"{str(item)[:100]} is no tensor that can be averaged")

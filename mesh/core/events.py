@@ -1,0 +1,237 @@
+"""What can happen to a node (events), and what its protocol asks for in return (effects).
+
+Rules: 1. Both are frozen. 2. mesh/node.py is the only file that makes events out of the world and
+performs effects on it. 3. A connection is known here by the number that the node gave it.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from mesh.core.messages import (
+    Address,
+    ControlMessage,
+    Hello,
+    NodeId,
+    SchemaEntry,
+)
+
+# ------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateFound:
+    """Somebody may listen there. A candidate is a rumour: only TLS makes a peer of it."""
+
+    addresses: tuple[Address, ...]
+    source: str
+    """mdns, peer (given by hand: retried for ever) or cache"""
+    hint: str = ""
+    """the prefix of the node id that mDNS announced; saves a dial where it is connected already"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConnected:
+    """A control connection passed TLS and both hellos. `contact` is set where we dialled."""
+
+    node: NodeId
+    connection: int
+    hello: Hello
+    contact: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialFailed:
+    """Every address of a contact was tried. `refused`: at least one answered that nobody listens."""
+
+    contact: str
+    refused: bool
+    reason: str
+    itself: bool = False
+    """the node id on the other end was our own (docker0's 172.17.0.1 leads back here)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerIncompatible:
+    """A node of this mesh that speaks another protocol version; it was told so."""
+
+    node: NodeId
+    name: str
+    reason: str
+    contact: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerLost:
+    node: NodeId
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    node: NodeId
+    connection: int
+    message: ControlMessage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddressesChanged:
+    """This node listens on these addresses now."""
+
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunAttached:
+    """A training process attached. `started`: it trained before (its node died under it)."""
+
+    run: str
+    schema: str
+    entries: tuple[SchemaEntry, ...]
+    sync_timeout_s: float
+    started: bool
+    exchanged: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDetached:
+    run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posted:
+    """The training handed over its progress. `waits`: it wants the next exchange's result."""
+
+    run: str
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsServed:
+    """Another node averaged with this run's replica, or took it: it is the mesh's from now on."""
+
+    run: str
+
+
+class Outcome(Enum):
+    COMPLETED = "completed"
+    REFUSED = "refused"
+    INTERRUPTED = "interrupted"
+    """connection lost with fragments in doubt: taken up again with the same peer"""
+    ABANDONED = "abandoned"
+    """nothing is in doubt, or the peer holds nothing of it any more"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeEnded:
+    run: str
+    peer: NodeId
+    pull: bool
+    outcome: Outcome
+    reason: str
+    duration_s: float
+    square_distance: float
+    square_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """This node stops on purpose: tell the others, so that nobody looks for it."""
+
+
+Event = (
+    CandidateFound
+    | PeerConnected
+    | DialFailed
+    | PeerIncompatible
+    | PeerLost
+    | Received
+    | AddressesChanged
+    | RunAttached
+    | RunDetached
+    | Posted
+    | WeightsServed
+    | ExchangeEnded
+    | Leaving
+)
+
+# ------------------------------------------------------------------------------------ effects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dial:
+    """Open a control connection; answer with PeerConnected, PeerIncompatible or DialFailed."""
+
+    contact: str
+    addresses: tuple[Address, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    connection: int
+    message: ControlMessage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hangup:
+    """Close a connection, after telling the peer why."""
+
+    connection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartExchange:
+    """Average with `peer` (or take its weights: `pull`); answer with ExchangeEnded."""
+
+    run: str
+    peer: NodeId
+    addresses: tuple[Address, ...]
+    exchange: int
+    pull: bool
+
+
+class Beginning(Enum):
+    """How a run got its first weights."""
+
+    ALONE = "alone"
+    """nobody else was found within sync_timeout"""
+    FIRST = "first"
+    """lowest node id of nodes that started together: the others take its initial weights"""
+    DONOR = "donor"
+    """taken from a peer"""
+    AGAIN = "again"
+    """the training had begun before and lost its node"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """The run's replica holds its first weights: let the training have them and go."""
+
+    run: str
+    how: Beginning
+    donor: NodeId | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The exchange that the training waits for is over, or there is nobody to average with."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreIncarnation:
+    """Keep this on disk: incarnations below it are spent."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something that a person may want to know, in one line."""
+
+    text: str
+
+
+Effect = Dial | Send | Hangup | StartExchange | Begin | Offer | StoreIncarnation | Note

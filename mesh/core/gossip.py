@@ -1,0 +1,64 @@
+"""Dissemination: how a changed row reaches everybody, and who gets the full table when.
+
+Rules: 1. What this node found itself goes to every connected peer; what it heard goes on to a few,
+at random. 2. The full table goes out on every connect and to one random peer every 10 s: push/pull
+repairs whatever gossip missed (without it 200 nodes did not agree in 60 s).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from random import Random
+
+from mesh.core.messages import Member, Members, NodeId
+
+FANOUT = 3
+"""Peers that hear a passed-on row, as memberlist's GossipNodes."""
+
+PUSH_PULL_S = 10.0
+"""Full-table repair; memberlist has 30 s for WANs and large tables, a LAN's table is a few kB."""
+
+ROWS_PER_MESSAGE = 32
+"""A row is at most about 1.6 kB (16 addresses, 16 runs): 32 stay under the 64 KiB of a frame."""
+
+
+def pages(rows: Sequence[Member], *, reply: bool) -> list[Members]:
+    """A table as messages that fit into frames; only the last asks for the table in return."""
+    starts = range(0, max(len(rows), 1), ROWS_PER_MESSAGE)
+    return [
+        Members(
+            members=tuple(rows[start : start + ROWS_PER_MESSAGE]),
+            reply=reply and start == starts[-1],
+        )
+        for start in starts
+    ]
+
+
+class Gossip:
+    """Chooses who hears what."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._push_pull_at = math.inf
+
+    def listeners(self, connected: Iterable[NodeId], *, source: NodeId | None) -> list[NodeId]:
+        """Who is told of changed rows: everybody if they are our own news, else a few others."""
+        others = sorted(node for node in connected if node != source)
+        if source is None or len(others) <= FANOUT:
+            return others
+        return self._rng.sample(others, FANOUT)
+
+    def due_push_pull(self, connected: Iterable[NodeId], now: float) -> NodeId | None:
+        """The peer to swap full tables with now, if it is time."""
+        peers = sorted(connected)
+        if not peers:
+            self._push_pull_at = math.inf
+            return None
+        if self._push_pull_at == math.inf:
+            self._push_pull_at = now + PUSH_PULL_S
+        if now < self._push_pull_at:
+            return None
+        self._push_pull_at = now + PUSH_PULL_S
+        return self._rng.choice(peers)
+
+    def next_deadline(self) -> float:
+        return self._push_pull_at

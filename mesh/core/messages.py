@@ -1,0 +1,221 @@
+"""What nodes say to each other. Frozen values; mesh/wire.py turns them into bytes and back.
+
+Rules: 1. numbers on the wire are positions in wire.MESSAGES: append, never reorder. 2. Fields are
+only ever appended to a message. 3. `protocol` and `name` stay the first fields of message 0 and
+`Refusal` stays message 1 for ever, so that nodes of any two versions can say why they cannot talk.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NewType
+
+NodeId = NewType("NodeId", str)
+"""base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
+
+PROTOCOL = 1
+"""Version of everything in this file. Nodes of different versions list each other as incompatible."""
+
+FRAGMENT_ENTRIES = 262_144
+"""Entries of one fragment: 1 MiB of float32. Large enough that a header and a wake-up of the loop
+cost nothing beside it, small enough that the loop never stalls for more than about 3 ms."""
+
+WINDOW = 8
+"""Fragments of one exchange that may be in doubt at once: 8 MiB keep a 1 Gbit/s link of 60 ms full,
+and bound what a crash can take with it and what a responder keeps for a lost connection."""
+
+
+def short(node: NodeId) -> str:
+    """The part of a node id that people read and type."""
+    return node[:8]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """Where a node listens. `host` is a literal address, IPv6 without brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class State(IntEnum):
+    """What the mesh believes of a member. At equal incarnation the larger wins (SWIM)."""
+
+    ALIVE = 0
+    SUSPECT = 1
+    DEAD = 2
+    LEFT = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """One training of a member, as it tells the others."""
+
+    run: str
+    schema: str
+    """hash of the names, shapes and dtypes that are averaged; equal or no exchange"""
+    started: bool
+    """its training has begun: its weights are its own, not a first draw"""
+    exchanged: bool
+    """its weights have met another's: they are the mesh's, to be taken by those that never met one"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One row of the member table. Only the member itself changes anything but `state`."""
+
+    node: NodeId
+    name: str
+    incarnation: int
+    state: State
+    addresses: tuple[Address, ...]
+    runs: tuple[RunInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaEntry:
+    """One tensor of a schema: what both sides must agree on before numbers travel."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Purpose(IntEnum):
+    """What a connection is for. A ping behind 100 MB of weights would look like a death."""
+
+    CONTROL = 0
+    BULK = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First frame of each side of every connection."""
+
+    protocol: int
+    name: str
+    purpose: Purpose
+    member: Member
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherVersion:
+    """What a Hello of another protocol version is read as: nothing behind these two is understood."""
+
+    protocol: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why the sender closes this connection; the last frame on it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    """Rows of the sender's table (push/pull). `reply` asks for the receiver's table in return."""
+
+    members: tuple[Member, ...]
+    reply: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaRequest:
+    """Asks for entries of a run's schema from `start` on, to say which layer differs."""
+
+    run: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaPage:
+    run: str
+    start: int
+    total: int
+    entries: tuple[SchemaEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenExchange:
+    """The initiator asks for an exchange, or takes one up again from fragment `start`.
+
+    `pull` is an exchange of weight 0: the initiator brings nothing and takes the responder's weights.
+    """
+
+    exchange: int
+    run: str
+    schema: str
+    weight: float
+    start: int
+    pull: bool
+    started: bool
+    exchanged: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeOpened:
+    """The responder's yes, with its own weight p."""
+
+    exchange: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeRefused:
+    """The responder's no. `unknown` says that it holds nothing of an exchange to be resumed."""
+
+    exchange: int
+    reason: str
+    unknown: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """Fragment `index` of the initiator follows as the frame's body (none in a pull).
+
+    `received` acknowledges: the initiator has applied the deltas of all fragments below it.
+    """
+
+    exchange: int
+    index: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """The responder's answer to a fragment; the encoded difference follows as the frame's body.
+
+    `halved`: the responder's own request for this fragment was in flight, both sides take half.
+    """
+
+    exchange: int
+    index: int
+    halved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishExchange:
+    """The initiator has every delta: the responder keeps nothing of this exchange any more."""
+
+    exchange: int
+
+
+ControlMessage = Refusal | Members | Ping | Ack | SchemaRequest | SchemaPage
+BulkMessage = (
+    OpenExchange | ExchangeOpened | ExchangeRefused | Fragment | Delta | FinishExchange | Refusal
+)
+Message = Hello | OtherVersion | ControlMessage | BulkMessage

@@ -1,0 +1,205 @@
+"""With whom a run averages, and when; and how it gets its first weights.
+
+Rules: 1. One exchange at a time is initiated; any number is answered. 2. Every hand-over from the
+training makes one due; a run at rest goes on while replicas still differ, at a tenth of its time.
+3. Peers are random (each exchange contracts the variance by 1 - 1/(n-1); Boyd et al. 2006).
+4. First weights: a replica that never exchanged takes those of one that has; among replicas that
+never did, one whose training has not begun takes those of one whose has, else the lowest node id
+gives. Two that both exchanged (groups that trained apart) simply average.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from random import Random
+
+from mesh.core.events import Beginning, ExchangeEnded, Outcome
+from mesh.core.messages import NodeId, RunInfo
+
+SETTLE_S = 0.3
+"""How long the lowest node id looks for others before it gives its initial weights to all: mDNS
+shows a running node in 0.1 s, and rows pass in milliseconds."""
+
+FIRST_GRACE_S = 5.0
+"""How much longer than sync_timeout a newcomer waits for the one that should give first weights."""
+
+REST_S = 1.0
+REST_DUTY = 10.0
+"""A run that is not posting exchanges once a second, or less: at most a tenth of the time."""
+
+AGREED = 1e-10
+"""Square distance over square norm under which replicas agree as far as float32 can tell."""
+
+COOL_OFF_S = 0.5
+"""A peer that refused or broke off is left alone this long; others are asked meanwhile."""
+
+PULL_ATTEMPTS = 5
+"""Donors that may fail a newcomer before it starts with its own weights after all."""
+
+
+class Relation(Enum):
+    """What an exchange between two replicas of one run and schema has to be, seen from one."""
+
+    AVERAGE = 1
+    TAKE = 2
+    GIVE = 3
+
+
+def relation(mine: RunInfo, me: NodeId, theirs: RunInfo, they: NodeId) -> Relation:
+    """Rule 4 above; relation(a, b) is TAKE exactly where relation(b, a) is GIVE."""
+    if mine.exchanged and theirs.exchanged:
+        return Relation.AVERAGE
+    my_rank, their_rank = (mine.exchanged, mine.started), (theirs.exchanged, theirs.started)
+    if my_rank == their_rank:
+        return Relation.GIVE if me < they else Relation.TAKE
+    return Relation.GIVE if my_rank > their_rank else Relation.TAKE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Begin an exchange with this peer."""
+
+    peer: NodeId
+    pull: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoAhead:
+    """The training may start with the weights that the replica holds."""
+
+    how: Beginning
+
+
+Partner = tuple[NodeId, RunInfo]
+
+
+class Schedule:
+    """One run's plan. decide() says what to do now, next_deadline() when to ask again."""
+
+    def __init__(
+        self,
+        *,
+        info: RunInfo,
+        me: NodeId,
+        now: float,
+        sync_timeout_s: float,
+        rng: Random,
+    ) -> None:
+        self._me = me
+        self._rng = rng
+        self._alone_at = now + sync_timeout_s
+        self._settled_at = now + min(SETTLE_S, sync_timeout_s)
+        self._seen: frozenset[NodeId] = frozenset()
+        self._busy = False
+        self._due = False
+        self._rest_at = math.inf
+        self._waiting = False
+        self._cool: dict[NodeId, float] = {}
+        self._failed_pulls = 0
+        self._deadline = now
+        self.info = info
+        self.unfinished: set[NodeId] = set()
+
+    @property
+    def busy(self) -> bool:
+        return self._busy
+
+    def posted(self, now: float, *, waits: bool) -> None:
+        """The training handed over progress; `waits`: it wants the result of an exchange."""
+        self._due = True
+        self._waiting = waits
+        self._deadline = now
+
+    def poke(self, now: float) -> None:
+        """Something about the peers changed: decide again."""
+        self._deadline = now
+
+    def take_offer(self) -> bool:
+        """Whether the training's wait is over: its exchange ended, or there is nobody to ask."""
+        if not self._waiting or self._busy or self._due:
+            return False
+        self._waiting = False
+        return True
+
+    def ended(self, event: ExchangeEnded, now: float) -> None:
+        """The exchange that decide() started is over."""
+        self._busy = False
+        self.unfinished.discard(event.peer)
+        rest_s = max(REST_S, REST_DUTY * event.duration_s)
+        self._rest_at = now + rest_s
+        if event.outcome is Outcome.COMPLETED:
+            agreed = event.square_distance <= AGREED * event.square_norm
+            if agreed and not event.pull:
+                self._rest_at = now + REST_DUTY * rest_s
+        else:
+            self._cool[event.peer] = now + COOL_OFF_S
+            if event.pull and self._failed_pulls < PULL_ATTEMPTS:
+                self._failed_pulls += 1
+                self._alone_at = max(self._alone_at, now + 2 * COOL_OFF_S)
+            if event.outcome is Outcome.INTERRUPTED:
+                self.unfinished.add(event.peer)
+        self._deadline = now
+
+    def next_deadline(self) -> float:
+        return self._deadline
+
+    def decide(self, now: float, partners: Sequence[Partner]) -> Start | GoAhead | None:
+        """What to do now. `partners`: connected, living peers of this run with this schema."""
+        self._deadline = math.inf
+        self._cool = {node: until for node, until in self._cool.items() if until > now}
+        seen = frozenset(node for node, _ in partners)
+        if not seen <= self._seen:
+            self._settled_at = max(self._settled_at, now + min(SETTLE_S, self._alone_at - now))
+        self._seen = seen
+        if self._busy:
+            return None
+        asked = [p for p in partners if p[0] not in self._cool]
+        if self._cool:
+            self._deadline = min(self._cool.values())
+        decision = self._exchange(now, asked) if self.info.started else self._first(now, asked)
+        if isinstance(decision, Start):
+            self._busy = True
+            self._due = False
+        return decision
+
+    def _first(self, now: float, partners: Sequence[Partner]) -> Start | GoAhead | None:
+        """A run that has not begun looks for weights: rule 4."""
+        donors = [p for p in partners if p[1].started]
+        if donors:
+            veterans = [p for p in donors if p[1].exchanged]
+            return Start(peer=self._rng.choice(veterans or donors)[0], pull=True)
+        if not partners:
+            return self._go_at(self._alone_at, now, Beginning.ALONE)
+        if self._me < min(node for node, _ in partners):
+            return self._go_at(self._settled_at, now, Beginning.FIRST)
+        return self._go_at(self._alone_at + FIRST_GRACE_S, now, Beginning.ALONE)
+
+    def _go_at(self, at: float, now: float, how: Beginning) -> GoAhead | None:
+        if now >= at:
+            return GoAhead(how=how)
+        self._deadline = min(self._deadline, at)
+        return None
+
+    def _exchange(self, now: float, partners: Sequence[Partner]) -> Start | None:
+        relations = [
+            (node, relation(self.info, self._me, info, node))
+            for node, info in partners
+            if info.started
+        ]
+        takes = [node for node, what in relations if what is Relation.TAKE]
+        if takes:
+            return Start(peer=self._rng.choice(takes), pull=True)
+        peers = [node for node, what in relations if what is Relation.AVERAGE]
+        halves = [node for node in peers if node in self.unfinished]
+        if halves:
+            return Start(peer=halves[0], pull=False)
+        if not peers:
+            self._due = False
+            return None
+        if self._due or now >= self._rest_at:
+            return Start(peer=self._rng.choice(peers), pull=False)
+        if self._rest_at == math.inf:
+            self._rest_at = now + REST_S
+        self._deadline = min(self._deadline, self._rest_at)
+        return None

@@ -1,0 +1,100 @@
+"""Schemas: what two replicas must agree on, and the sentence that says where they do not.
+
+A schema's trip: the training's tensors -> digest() -> RunInfo.schema in every row; where a peer's
+differs, SchemaRequest -> SchemaPage, page after page -> `schema differs: layer fc2.weight 10x64
+here, 12x64 there`. A node that only averages never sends more than the 16 characters of the digest.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from mesh.core.messages import NodeId, SchemaEntry, SchemaPage, SchemaRequest
+
+PAGE_ENTRIES = 100
+"""Entries of at most about 400 bytes each: a page stays under the 64 KiB of a control frame."""
+
+ENTRIES_LIMIT = 65_536
+REASONS_LIMIT = 256
+
+
+def digest(entries: tuple[SchemaEntry, ...]) -> str:
+    """16 hexadecimal characters that are equal exactly where names, shapes and dtypes are."""
+    text = "\n".join(f"{e.name}\t{'x'.join(map(str, e.shape))}\t{e.dtype}" for e in entries)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _shape(entry: SchemaEntry) -> str:
+    return "x".join(map(str, entry.shape)) or "scalar"
+
+
+def _difference(here: SchemaEntry, there: SchemaEntry) -> str | None:
+    if here.name != there.name:
+        return f"layer {here.name} here, {there.name} there"
+    if here.shape != there.shape:
+        return f"layer {here.name} {_shape(here)} here, {_shape(there)} there"
+    if here.dtype != there.dtype:
+        return f"layer {here.name} {here.dtype} here, {there.dtype} there"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    node: NodeId
+    run: str
+    schema: str
+
+
+class Schemas:
+    """The schemas of this node's runs, and how those of its peers differ."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, tuple[SchemaEntry, ...]] = {}
+        self._reasons: dict[_Question, str] = {}
+
+    def attach(self, run: str, entries: tuple[SchemaEntry, ...]) -> None:
+        self._own[run] = entries
+        self._reasons = {q: text for q, text in self._reasons.items() if q.run != run}
+
+    def detach(self, run: str) -> None:
+        del self._own[run]
+
+    def forget(self, node: NodeId) -> None:
+        self._reasons = {q: text for q, text in self._reasons.items() if q.node != node}
+
+    def reason(self, node: NodeId, run: str, schema: str) -> str:
+        return self._reasons.get(_Question(node, run, schema), "schema differs")
+
+    def ask(self, node: NodeId, run: str, schema: str) -> SchemaRequest | None:
+        """The first question about a peer's schema that is not ours; None if it was asked."""
+        question = _Question(node, run, schema)
+        if question in self._reasons or len(self._reasons) >= REASONS_LIMIT:
+            return None
+        self._reasons[question] = "schema differs"
+        return SchemaRequest(run=run, start=0)
+
+    def answer(self, request: SchemaRequest) -> SchemaPage | None:
+        entries = self._own.get(request.run)
+        if entries is None:
+            return None
+        page = entries[request.start : request.start + PAGE_ENTRIES]
+        return SchemaPage(run=request.run, start=request.start, total=len(entries), entries=page)
+
+    def compare(self, node: NodeId, schema: str, page: SchemaPage) -> SchemaRequest | None:
+        """Looks for the first difference in a page; asks for the next page while there is none."""
+        question = _Question(node, page.run, schema)
+        entries = self._own.get(page.run)
+        if entries is None or question not in self._reasons:
+            return None
+        here = entries[page.start : page.start + len(page.entries)]
+        found = next(
+            (d for a, b in zip(here, page.entries, strict=False) if (d := _difference(a, b))), None
+        )
+        end = page.start + len(page.entries)
+        if found is None and page.entries and end < min(page.total, len(entries)):
+            return SchemaRequest(run=page.run, start=end)
+        if found is None and len(here) < len(page.entries):
+            found = f"layer {page.entries[len(here)].name} only there"
+        elif found is None and end < len(entries):
+            found = f"layer {entries[end].name} only here"
+        self._reasons[question] = f"schema differs: {found}" if found else "schema differs"
+        return None

@@ -1,0 +1,73 @@
+"""Frames over a stream: the async half of wire.py. Bodies go straight into the caller's buffers."""
+
+from typing import Final
+
+import trio
+
+from mesh import wire
+from mesh.core.messages import Message
+from mesh.errors import PeerTimeout, RemoteProtocolError, StreamLost
+from mesh.net.transport import Stream
+
+JOIN_BYTES: Final = 16 * 1024
+"""Bodies up to one TLS record travel behind their header in one call."""
+
+
+async def send_frame(stream: Stream, message: Message, body: memoryview | bytes = b"") -> int:
+    """Sends one frame; returns its length in bytes."""
+    header = wire.encode(message, len(body))
+    if len(body) <= JOIN_BYTES:
+        await stream.send_all(header + bytes(body))
+    else:
+        await stream.send_all(header)
+        await stream.send_all(body)
+    return len(header) + len(body)
+
+
+async def receive_exactly(stream: Stream, view: memoryview) -> None:
+    """Fills `view`. Raises StreamLost if the stream ends before."""
+    while len(view):
+        received = await stream.receive_into(view)
+        if not received:
+            raise StreamLost("connection closed by the other end")
+        view = view[received:]
+
+
+class FrameReader:
+    """Reads frames off one stream. A frame's body must be read, or dropped, before the next."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._buffer = memoryview(bytearray(wire.HEADER_LIMIT_BYTES))
+        self.received_bytes = 0
+
+    async def message(self, *, timeout_s: float, bodies: bool = False) -> tuple[Message, int]:
+        """The next message, and the length of the body behind it.
+
+        Raises PeerTimeout, StreamLost, or RemoteProtocolError (a body where `bodies` is false).
+        """
+        with trio.move_on_after(timeout_s):
+            prefix = self._buffer[: wire.PREFIX_BYTES]
+            await receive_exactly(self._stream, prefix)
+            header_bytes, body_bytes = wire.parse_prefix(prefix)
+            if body_bytes and not bodies:
+                raise RemoteProtocolError("a body where none belongs")
+            header = self._buffer[:header_bytes]
+            await receive_exactly(self._stream, header)
+            self.received_bytes += wire.PREFIX_BYTES + header_bytes + body_bytes
+            return wire.decode(header), body_bytes
+        raise PeerTimeout(f"nothing came for {timeout_s:g} s")
+
+    async def body(self, view: memoryview, *, timeout_s: float) -> None:
+        """The body of the last message, exactly len(view) bytes."""
+        with trio.move_on_after(timeout_s):
+            await receive_exactly(self._stream, view)
+            return
+        raise PeerTimeout(f"a body stopped for {timeout_s:g} s")
+
+    async def drop_body(self, length: int, *, timeout_s: float) -> None:
+        """Reads a body that nobody wants, to stay in step with the sender."""
+        while length:
+            piece = self._buffer[: min(length, len(self._buffer))]
+            await self.body(piece, timeout_s=timeout_s)
+            length -= len(piece)

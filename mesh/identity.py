@@ -1,0 +1,314 @@
+"""Who a node is, and who belongs to its mesh: token, certificate authority, node key, TLS contexts.
+
+A token's trip: 128 random bits, written `mesh1-...` -> HKDF -> the mesh's Ed25519 certificate
+authority -> a certificate for this node's own Ed25519 key -> TLS 1.3, mutual, on every connection.
+Node id = base32(SHA-256(public key)). Rules: 1. A node forgets the token after joining, unless it is
+the machine that made it: a stolen device is one id and enrols nobody. 2. No check of times: a
+Raspberry Pi boots in 1970, and whoever holds the token can sign any time. 3. Chains are checked
+strictly, then the id is compared with the key that signed the handshake. 4. All files are 0600.
+"""
+
+import base64
+import binascii
+import datetime
+import hashlib
+import hmac
+import json
+import secrets
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from mesh.core.messages import NodeId
+from mesh.errors import IdentityError, UsageError
+from mesh.settings import check_name, default_name
+from mesh.storage import private_directory, write_whole
+
+TOKEN_PREFIX = "mesh1-"
+SECRET_BYTES = 16
+CHECKSUM_BYTES = 4
+"""20 bytes are exactly 32 base32 characters; one typing error in 4 billion passes."""
+
+ALPN = "gossipmesh"
+"""Makes a connection to any other TLS service fail in the handshake, with a reason."""
+
+NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL; the ssl module has no name for it."""
+
+VALID_FROM = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+VALID_UNTIL = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
+"""Fixed and long: expiry is by leaving or by a new mesh, never by a clock that may be wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A member's papers, as load() read them."""
+
+    node: NodeId
+    name: str
+    mesh: str
+    """first 8 characters of the hash of the authority's key: which mesh, for people"""
+    beacon_key: bytes
+    state: Path
+
+    def beacon(self, instance: str) -> str:
+        """What mDNS carries so that members recognise their mesh and others learn nothing."""
+        return hmac.new(self.beacon_key, instance.encode(), hashlib.sha256).hexdigest()[:16]
+
+    def context(self, *, server: bool) -> ssl.SSLContext:
+        """TLS for one side: this node's certificate, the mesh's authority, nothing else."""
+        side = ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
+        context = ssl.SSLContext(side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # there are no host names: node_of() compares the key
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(str(self.state / "ca.pem"))
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.verify_flags |= NO_CHECK_TIME
+        context.load_cert_chain(str(self.state / "node.pem"))
+        context.set_alpn_protocols([ALPN])
+        if server:
+            context.num_tickets = 0  # no resumption: every connection proves its key again
+        return context
+
+
+def node_of(certificate: bytes) -> NodeId:
+    """The node id of a DER certificate whose chain TLS has checked. Raises IdentityError."""
+    key = x509.load_der_x509_certificate(certificate).public_key()
+    if not isinstance(key, Ed25519PublicKey):
+        raise IdentityError("a member's key is Ed25519")
+    return _node_id(key)
+
+
+def create_mesh(state: Path, name: str | None = None) -> str:
+    """Makes a new mesh with this machine as its first member; returns the token.
+
+    Raises UsageError if this machine is in a mesh already.
+    """
+    if is_member(state):
+        raise UsageError(
+            f"this machine is in mesh {load(state).mesh} already; "
+            "`mesh token` prints its token, `mesh leave` leaves it"
+        )
+    secret = secrets.token_bytes(SECRET_BYTES)
+    _enrol(state, secret, name)
+    token = format_token(secret)
+    write_whole(state / "token", token.encode())
+    return token
+
+
+def join_mesh(state: Path, token: str, name: str | None = None) -> Identity:
+    """Becomes a member of the token's mesh and forgets the token. Needs no connection.
+
+    Raises UsageError for a token that cannot be one, or a machine that is in another mesh.
+    """
+    secret = parse_token(token)
+    if is_member(state):
+        current = load(state)
+        if current.mesh != _mesh_id(_authority_key(secret)):
+            raise UsageError(
+                f"this machine is in mesh {current.mesh}; `mesh leave` leaves it first"
+            )
+        return rename(state, name) if name else current
+    _enrol(state, secret, name)
+    return load(state)
+
+
+def read_token(state: Path) -> str:
+    """The token, on the machine that made the mesh. Raises IdentityError elsewhere."""
+    load(state)
+    try:
+        return (state / "token").read_text()
+    except OSError:
+        raise IdentityError(
+            "this machine joined with a token and forgot it, as it should: "
+            "run `mesh token` on the machine that made the mesh"
+        ) from None
+
+
+def leave_mesh(state: Path) -> str | None:
+    """Forgets the mesh; the node's key stays. Returns the token if this machine made the mesh."""
+    if not is_member(state):
+        raise IdentityError(f"{state} is in no mesh")
+    kept = state / "token"
+    token = kept.read_text() if kept.exists() else None
+    for name in ("mesh.json", "ca.pem", "token", "peers.json"):
+        (state / name).unlink(missing_ok=True)
+    return token
+
+
+def rename(state: Path, name: str) -> Identity:
+    """Changes what this node is called from its next start on."""
+    about = json.loads((state / "mesh.json").read_text())
+    about["name"] = check_name(name)
+    write_whole(state / "mesh.json", json.dumps(about).encode())
+    return load(state)
+
+
+def is_member(state: Path) -> bool:
+    """Whether this state directory belongs to a mesh."""
+    return (state / "mesh.json").exists()
+
+
+def load(state: Path) -> Identity:
+    """This machine's papers. Raises IdentityError if there are none, or they are damaged."""
+    if not is_member(state):
+        raise IdentityError(
+            f"{state} is in no mesh yet: `mesh init` makes one, `mesh join TOKEN` joins one"
+        )
+    try:
+        about = json.loads((state / "mesh.json").read_text())
+        pem = (state / "node.pem").read_bytes()
+        return Identity(
+            node=_node_id(x509.load_pem_x509_certificate(pem).public_key()),
+            name=check_name(about["name"]),
+            mesh=str(about["mesh"]),
+            beacon_key=bytes.fromhex(about["beacon_key"]),
+            state=state,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IdentityError(
+            f"the identity in {state} is damaged ({error}): `mesh leave`, then `mesh join TOKEN`"
+        ) from None
+
+
+def format_token(secret: bytes) -> str:
+    checksum = hashlib.sha256(secret).digest()[:CHECKSUM_BYTES]
+    return TOKEN_PREFIX + base64.b32encode(secret + checksum).decode().lower()
+
+
+def parse_token(token: str) -> bytes:
+    """The secret of a token as a person pasted it. Raises UsageError."""
+    text = "".join(token.split()).lower()
+    if not text.startswith(TOKEN_PREFIX):
+        raise UsageError(f"a token begins with {TOKEN_PREFIX}: copy the whole line of `mesh token`")
+    try:
+        raw = base64.b32decode(text.removeprefix(TOKEN_PREFIX).upper())
+    except binascii.Error:
+        raw = b""
+    secret, checksum = raw[:SECRET_BYTES], raw[SECRET_BYTES:]
+    if len(raw) != SECRET_BYTES + CHECKSUM_BYTES or not hmac.compare_digest(
+        hashlib.sha256(secret).digest()[:CHECKSUM_BYTES], checksum
+    ):
+        raise UsageError("the token is incomplete or mistyped: copy the whole line of `mesh token`")
+    return secret
+
+
+def _enrol(state: Path, secret: bytes, name: str | None) -> None:
+    private_directory(state)
+    authority = _authority_key(secret)
+    certificate = _authority_certificate(authority)
+    key = _node_key(state)
+    leaf = _node_certificate(key, authority, certificate)
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    write_whole(state / "node.pem", private + leaf.public_bytes(pem))
+    write_whole(state / "ca.pem", certificate.public_bytes(pem))
+    about = {
+        "mesh": _mesh_id(authority),
+        "name": check_name(name or default_name()),
+        "beacon_key": _derive(secret, b"mdns beacon").hex(),
+    }
+    # Last: is_member() is true only once everything else is there.
+    write_whole(state / "mesh.json", json.dumps(about).encode())
+
+
+def _node_key(state: Path) -> Ed25519PrivateKey:
+    """This machine's key: kept when it changes its mesh, made once."""
+    try:
+        key = serialization.load_pem_private_key((state / "node.pem").read_bytes(), None)
+    except (OSError, ValueError):
+        return Ed25519PrivateKey.generate()
+    return key if isinstance(key, Ed25519PrivateKey) else Ed25519PrivateKey.generate()
+
+
+def _derive(secret: bytes, purpose: bytes) -> bytes:
+    return HKDF(hashes.SHA256(), 32, salt=b"gossipmesh/1", info=purpose).derive(secret)
+
+
+def _authority_key(secret: bytes) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(_derive(secret, b"certificate authority"))
+
+
+def _mesh_id(authority: Ed25519PrivateKey) -> str:
+    return _node_id(authority.public_key())[:8]
+
+
+def _node_id(key: object) -> NodeId:
+    if not isinstance(key, Ed25519PublicKey):
+        raise IdentityError("a member's key is Ed25519")
+    spki = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    digest = hashlib.sha256(spki).digest()
+    return NodeId(base64.b32encode(digest).decode().rstrip("=").lower())
+
+
+def _name_of(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _authority_certificate(key: Ed25519PrivateKey) -> x509.Certificate:
+    """The same bytes on every machine: Ed25519 signatures are deterministic."""
+    name = _name_of(f"gossipmesh {_mesh_id(key)}")
+    public = key.public_key()
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(public)
+        .serial_number(1)
+        .not_valid_before(VALID_FROM)
+        .not_valid_after(VALID_UNTIL)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .sign(key, None)
+    )
+
+
+def _node_certificate(
+    key: Ed25519PrivateKey, authority: Ed25519PrivateKey, issuer: x509.Certificate
+) -> x509.Certificate:
+    public = key.public_key()
+    both = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name_of(_node_id(public)))
+        .issuer_name(issuer.subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(VALID_FROM)
+        .not_valid_after(VALID_UNTIL)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("mesh.internal")]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            critical=False,
+        )
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(both), critical=False)
+        .sign(authority, None)
+    )

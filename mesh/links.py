@@ -1,0 +1,236 @@
+"""Connections between nodes: who is on the other end, and one outbox for each control connection.
+
+A connection's trip: Transport -> greet(): both Hellos -> Links.run(): PeerConnected, then Received
+for each message, then PeerLost, all into the node's inbox. Rules: 1. Nobody waits for a slow peer: a
+full outbox drops and counts, push/pull repairs it later. 2. One task writes a stream, one reads it.
+3. Whatever goes wrong on a connection ends that connection, with a reason, and nothing else.
+"""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, cast, get_args
+
+import trio
+
+from mesh.core import events as ev
+from mesh.core.messages import (
+    Address,
+    ControlMessage,
+    Hello,
+    NodeId,
+    OtherVersion,
+    Refusal,
+)
+from mesh.core.protocol import version_refusal
+from mesh.errors import (
+    ConnectionRefused,
+    IdentityError,
+    MeshError,
+    RemoteProtocolError,
+    StreamLost,
+)
+from mesh.frames import FrameReader, send_frame
+from mesh.net.transport import Stream, Transport
+
+GREETING_S: Final = 5.0
+"""From an open stream to the other side's Hello."""
+
+OUTBOX_LIMIT: Final = 256
+"""Messages that wait for a slow peer; a push/pull of 4096 rows is 128 of them."""
+
+SILENT_S: Final = 30.0
+"""A control connection that brings nothing, not even a ping, is closed by whoever listens."""
+
+FLUSH_S: Final = 1.0
+"""How long a connection may take to say its last words."""
+
+STAGGER_S: Final = 0.1
+"""Between dials of one contact's addresses: the first that leads to a peer wins."""
+
+
+class Incompatible(MeshError):
+    """The peer speaks another protocol version; it was told so."""
+
+    def __init__(self, node: NodeId, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.name = name
+
+
+class Itself(MeshError):
+    """The connection leads back to this node."""
+
+
+@dataclass(slots=True)
+class _Link:
+    stream: Stream
+    put: trio.MemorySendChannel[ControlMessage]
+    scope: trio.CancelScope
+    reason: str = ""
+    ending: bool = False
+
+
+async def greet(stream: Stream, own: Hello) -> Hello:
+    """Swaps Hellos. Raises Incompatible, Itself, RemoteProtocolError or StreamLost."""
+    if stream.peer == own.member.node:
+        raise Itself("this address leads back to this node")
+    await send_frame(stream, own)
+    message, _ = await FrameReader(stream).message(timeout_s=GREETING_S)
+    match message:
+        case Hello():
+            if message.member.node != stream.peer:
+                raise RemoteProtocolError("the node id is not that of its certificate")
+            return message
+        case OtherVersion():
+            reason = version_refusal(message.protocol)
+            await send_frame(stream, Refusal(reason=version_refusal(own.protocol)))
+            raise Incompatible(stream.peer, message.name, reason)
+        case Refusal():
+            raise StreamLost(f"refused: {message.reason}")
+        case _:
+            raise RemoteProtocolError(f"{type(message).__name__} before Hello")
+
+
+async def dial(
+    transport: Transport, addresses: Sequence[Address], own: Hello, wanted: NodeId | None
+) -> tuple[Stream, Hello]:
+    """Tries all addresses, a little apart; the first that greets wins.
+
+    Raises what the most telling failure was: Incompatible, then Itself, ConnectionRefused, others.
+    """
+    winner: tuple[Stream, Hello] | None = None
+    failures: list[MeshError] = []
+
+    async def attempt(address: Address, delay_s: float, scope: trio.CancelScope) -> None:
+        nonlocal winner
+        await trio.sleep(delay_s)
+        try:
+            stream = await transport.connect(address)
+        except MeshError as error:
+            failures.append(error)
+            return
+        try:
+            hello = await greet(stream, own)
+            if wanted is not None and stream.peer != wanted:
+                raise StreamLost("another node listens there now")
+        except MeshError as error:
+            failures.append(error)
+            await stream.aclose()
+        except BaseException:
+            await stream.aclose()
+            raise
+        else:
+            if winner is not None:
+                await stream.aclose()
+                return
+            winner = stream, hello
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for rank, address in enumerate(addresses):
+            nursery.start_soon(attempt, address, rank * STAGGER_S, nursery.cancel_scope)
+    if winner is not None:
+        return winner
+    for kind in (Incompatible, Itself, IdentityError, ConnectionRefused, MeshError):
+        for failure in failures:
+            if isinstance(failure, kind):
+                raise failure
+    raise StreamLost("no address")
+
+
+class Links:
+    """All control connections of one node, by number."""
+
+    def __init__(self, emit: Callable[[ev.Event], Awaitable[None]]) -> None:
+        self._emit = emit
+        self._links: dict[int, _Link] = {}
+        self._next = 0
+        self._closed = trio.Event()
+        self.refused: Counter[str] = Counter()
+        """what was turned away, by kind: tls, protocol, schema, non_finite, ..."""
+        self.dropped = 0
+        """messages that did not fit into a slow peer's outbox"""
+
+    async def run(self, stream: Stream, hello: Hello, contact: str | None) -> None:
+        """Lives as long as a greeted control connection. Closes the stream."""
+        self._next += 1
+        number = self._next
+        put, take = trio.open_memory_channel[ControlMessage](OUTBOX_LIMIT)
+        link = _Link(stream=stream, put=put, scope=trio.CancelScope())
+        self._links[number] = link
+        try:
+            await self._emit(
+                ev.PeerConnected(node=stream.peer, connection=number, hello=hello, contact=contact)
+            )
+            with link.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, link, take)
+                    await self._read(number, link)
+        finally:
+            del self._links[number]
+            self._closed.set()
+            await stream.aclose()
+            with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_S):
+                reason = link.reason or "connection closed"
+                await self._emit(ev.PeerLost(node=stream.peer, connection=number, reason=reason))
+
+    def send(self, number: int, message: ControlMessage) -> None:
+        link = self._links.get(number)
+        if link is None or link.ending:
+            return
+        try:
+            link.put.send_nowait(message)
+        except trio.WouldBlock:
+            self.dropped += 1
+
+    def hang_up(self, number: int, reason: str) -> None:
+        """Sends what is queued, then the reason, then closes; at the latest after FLUSH_S."""
+        link = self._links.get(number)
+        if link is None or link.ending:
+            return
+        self.send(number, Refusal(reason=reason))
+        link.ending = True
+        link.reason = reason
+        link.put.close()
+        link.scope.deadline = trio.current_time() + FLUSH_S
+
+    async def flush(self) -> None:
+        """Hangs up everywhere and waits until the last words are out, at most FLUSH_S."""
+        for number in list(self._links):
+            self.hang_up(number, "this node stops")
+        with trio.move_on_after(FLUSH_S):
+            while self._links:
+                self._closed = trio.Event()
+                await self._closed.wait()
+
+    async def _write(self, link: _Link, take: trio.MemoryReceiveChannel[ControlMessage]) -> None:
+        try:
+            async for message in take:
+                await send_frame(link.stream, message)
+        except StreamLost as error:
+            link.reason = link.reason or str(error)
+        link.scope.cancel()
+
+    async def _read(self, number: int, link: _Link) -> None:
+        reader = FrameReader(link.stream)
+        try:
+            while True:
+                message, _ = await reader.message(timeout_s=SILENT_S)
+                if not isinstance(message, get_args(ControlMessage)):
+                    raise RemoteProtocolError(f"{type(message).__name__} on a control connection")
+                if isinstance(message, Refusal):
+                    link.reason = link.reason or f"told: {message.reason}"
+                received = ev.Received(
+                    node=link.stream.peer,
+                    connection=number,
+                    message=cast("ControlMessage", message),
+                )
+                await self._emit(received)
+        except RemoteProtocolError as error:
+            self.refused["protocol"] += 1
+            self.hang_up(number, str(error))
+            await trio.sleep_forever()  # until the reason is out
+        except StreamLost as error:
+            link.reason = link.reason or str(error)
+        link.scope.cancel()

@@ -1,0 +1,71 @@
+"""The contracts between a node and whatever carries its bytes. Two transports keep them: tcp.py and
+simulated.py; one test suite runs on both.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mesh.core.messages import Address, NodeId
+
+
+class Stream(Protocol):
+    """An authenticated connection: bytes in order, or StreamLost.
+
+    One task may send while another receives. A call that is cancelled half-way leaves the stream
+    unusable: close it. After aclose() everything raises StreamLost.
+    """
+
+    peer: NodeId
+    """who is on the other end, proved by its key"""
+
+    remote: str
+    """where that is, for people"""
+
+    async def send_all(self, data: bytes | memoryview) -> None:
+        """Returns when the bytes are on their way; `data` may be reused then."""
+
+    async def receive_into(self, view: memoryview) -> int:
+        """Waits for bytes, writes at most len(view) of them; 0 at the end of the stream."""
+
+    async def aclose(self) -> None:
+        """Ends the connection at once; never raises."""
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """Listens and connects."""
+
+    async def serve(
+        self, handler: Handler, listening: Callable[[tuple[Address, ...]], None]
+    ) -> None:
+        """Runs `handler` in a task of its own for each stream that arrives, until cancelled.
+
+        Calls `listening` with this node's addresses, first as soon as it listens and again whenever
+        they change. Raises UsageError if it can never listen.
+        """
+
+    async def connect(self, address: Address) -> Stream:
+        """Raises StreamLost; ConnectionRefused where nobody listens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Somebody who may be a peer."""
+
+    addresses: tuple[Address, ...]
+    hint: str
+    """the first characters of the node id that it claims"""
+
+
+class Discovery(Protocol):
+    """Finds candidates on the local network."""
+
+    async def run(
+        self,
+        listening: Callable[[], tuple[Address, ...]],
+        found: Callable[[Candidate], None],
+    ) -> None:
+        """Announces this node where it is `listening` and reports others, until cancelled."""

@@ -1,0 +1,341 @@
+"""Node: the one message loop, where core and net meet.
+
+Rules: 1. Only _loop() touches the protocol; it never waits for the network. 2. Everything that
+happens comes through one bounded inbox; everything that is asked for is performed by _perform().
+3. One nursery; nothing outlives run(). 4. No clock but trio's, no chance but `rng`, no file: the
+same code runs over TCP and over the simulated network.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Final, assert_never
+
+import trio
+
+from mesh.bulk import Bulk
+from mesh.codec import Float32, Floats
+from mesh.core import events as ev
+from mesh.core.averaging import RUNS_LIMIT
+from mesh.core.messages import PROTOCOL, Address, Hello, NodeId, Purpose, Refusal
+from mesh.core.protocol import MeshProtocol, ProtocolStatistics, first_row
+from mesh.errors import ConnectionRefused, MeshError, NotFinite, RemoteProtocolError, UsageError
+from mesh.frames import send_frame
+from mesh.links import Incompatible, Itself, Links, dial, greet
+from mesh.net.transport import Candidate, Discovery, Stream, Transport
+from mesh.replica import Replica
+from mesh.runs import Counters, Run, RunSpec, Tell, make_run
+
+INBOX_LIMIT: Final = 1024
+"""Events that may wait for the loop; whoever brings more waits itself."""
+
+NOTES_KEPT: Final = 256
+LAST_WORD_S: Final = 1.0
+"""For telling a peer what it did wrong before its connection is closed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatistics:
+    """One run on this node."""
+
+    spec: RunSpec
+    how: str | None
+    step: int
+    loss: float | None
+    samples: int
+    partners: int
+    drift: float | None
+    norm: float
+    last_exchange_s: float | None
+    last_peer: NodeId | None
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatistics:
+    """Everything that can be asked of a node; consistent, because nothing here waits."""
+
+    protocol: ProtocolStatistics
+    runs: tuple[RunStatistics, ...]
+    uptime_s: float
+    refused: dict[str, int]
+    dropped: int
+    notes: tuple[str, ...]
+
+
+class Node:
+    """One member of the mesh. run() it, then ask statistics() and attach() trainings to it."""
+
+    def __init__(
+        self,
+        *,
+        node: NodeId,
+        name: str,
+        incarnation: int,
+        transport: Transport,
+        discovery: Discovery | None,
+        candidates: tuple[tuple[str, Address], ...],
+        rng: Random,
+        store_incarnation: Callable[[int], None],
+        note: Callable[[str], None],
+    ) -> None:
+        """`candidates`: (source, address) to begin with, source `peer` or `cache`; `incarnation`:
+        the first of a block that no process of this node used; `note` gets a line per happening."""
+        self.id = node
+        self.name = name
+        self._transport = transport
+        self._discovery = discovery
+        self._candidates = candidates
+        self._store_incarnation = store_incarnation
+        self._note = note
+        self._protocol = MeshProtocol(first_row(node, name, incarnation, ()), rng)
+        self._put, self._take = trio.open_memory_channel[ev.Event](INBOX_LIMIT)
+        self._links = Links(self._put.send)
+        self._bulk = Bulk(
+            me=node,
+            connect=self._connect_bulk,
+            emit=self._put.send,
+            info_of=self._protocol.run_info,
+            refused=self.count_refused,
+        )
+        self._nursery: trio.Nursery | None = None
+        self._notes: deque[str] = deque(maxlen=NOTES_KEPT)
+        self._started_at = 0.0
+        self.addresses: tuple[Address, ...] = ()
+        self.listening = trio.Event()
+        self._left = trio.Event()
+
+    # ----------------------------------------------------------------------------------- life
+
+    async def run(self) -> None:
+        """Runs until cancelled. Cancel it after leave() to go politely."""
+        self._started_at = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._transport.serve, self._welcome, self._listens)
+                await self.listening.wait()
+                if self._discovery is not None:
+                    nursery.start_soon(
+                        self._discovery.run, lambda: self.addresses, self._candidate_found
+                    )
+                for source, address in self._candidates:
+                    self._offer_event(ev.CandidateFound(addresses=(address,), source=source))
+                nursery.start_soon(self._loop)
+        finally:
+            self._nursery = None
+            with trio.CancelScope(shield=True):
+                await self._bulk.close()
+
+    async def leave(self) -> None:
+        """Tells every peer that this node goes, and ends its connections."""
+        await self._put.send(ev.Leaving())
+        await self._left.wait()
+        await self._links.flush()
+
+    def statistics(self) -> NodeStatistics:
+        """A frozen view of this node."""
+        now = trio.current_time()
+        protocol = self._protocol.statistics(now)
+        runs = tuple(
+            _run_statistics(run, protocol.partners.get(name, 0), now)
+            for name, run in self._bulk.runs.items()
+        )
+        return NodeStatistics(
+            protocol=protocol,
+            runs=runs,
+            uptime_s=now - self._started_at,
+            refused=dict(self._links.refused),
+            dropped=self._links.dropped,
+            notes=tuple(self._notes),
+        )
+
+    # ----------------------------------------------------------------------------------- runs
+
+    def check_run(self, spec: RunSpec) -> None:
+        """Raises UsageError if this run cannot be attached."""
+        if spec.run in self._bulk.runs:
+            pid = self._bulk.runs[spec.run].spec.pid
+            raise UsageError(
+                f"run {spec.run!r} is being trained on this node already (pid {pid}); "
+                "give this training another run= name, or its own node with --state"
+            )
+        if len(self._bulk.runs) >= RUNS_LIMIT:
+            raise UsageError(f"{RUNS_LIMIT} trainings are attached to this node already")
+
+    async def attach(self, spec: RunSpec, posted: Floats, offered: Floats, tell: Tell) -> Run:
+        """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
+        weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
+        self.check_run(spec)
+        replica = Replica(len(posted), Float32())
+        try:
+            run = make_run(spec, replica, posted, offered, tell, trio.current_time())
+        except NotFinite as error:
+            raise UsageError(f"{error}; nothing was shared") from None
+        self._bulk.runs[spec.run] = run
+        await self._put.send(
+            ev.RunAttached(
+                run=spec.run,
+                schema=spec.schema,
+                entries=spec.entries,
+                sync_timeout_s=spec.sync_timeout_s,
+                started=spec.started,
+                exchanged=spec.exchanged,
+            )
+        )
+        return run
+
+    async def posted(self, run: Run, *, waits: bool) -> None:
+        """Tells the schedule that a training handed over (Run.post() has merged it)."""
+        if self._bulk.runs.get(run.name) is run:
+            await self._put.send(ev.Posted(run=run.name, waits=waits))
+
+    async def detach(self, run: Run) -> None:
+        """Drops a run; the node stays."""
+        if self._bulk.runs.get(run.name) is run:
+            del self._bulk.runs[run.name]
+            await self._put.send(ev.RunDetached(run=run.name))
+
+    def exchanged(self, run: Run) -> bool:
+        """Whether this run's weights have met another node's."""
+        info = self._protocol.run_info(run.name)
+        return info is not None and info.exchanged
+
+    # ----------------------------------------------------------------------------------- loop
+
+    async def _loop(self) -> None:
+        while True:
+            event: ev.Event | None = None
+            with trio.move_on_at(self._protocol.next_deadline()):
+                event = await self._take.receive()
+            now = trio.current_time()
+            if event is None:
+                effects = self._protocol.on_deadline(now)
+            else:
+                effects = self._protocol.handle(event, now)
+            for effect in effects:
+                self._perform(effect)
+            if isinstance(event, ev.Leaving):
+                self._left.set()
+
+    def _perform(self, effect: ev.Effect) -> None:
+        assert self._nursery is not None
+        match effect:
+            case ev.Dial():
+                self._nursery.start_soon(self._dial, effect)
+            case ev.Send():
+                self._links.send(effect.connection, effect.message)
+            case ev.Hangup():
+                self._links.hang_up(effect.connection, effect.reason)
+            case ev.StartExchange():
+                self._nursery.start_soon(self._bulk.initiate, effect)
+            case ev.Begin():
+                if effect.run in self._bulk.runs:
+                    donor = self._name_of(effect.donor) if effect.donor else None
+                    self._bulk.runs[effect.run].begin(effect, donor)
+            case ev.Offer():
+                if effect.run in self._bulk.runs:
+                    self._bulk.runs[effect.run].offer()
+            case ev.StoreIncarnation():
+                self._store_incarnation(effect.incarnation)
+            case ev.Note():
+                self._notes.append(effect.text)
+                self._note(effect.text)
+            case _:
+                assert_never(effect)
+
+    def _name_of(self, node: NodeId) -> str:
+        peers = self._protocol.statistics(trio.current_time()).peers
+        return next((peer.name for peer in peers if peer.node == node), node[:8])
+
+    # ---------------------------------------------------------------------------- connections
+
+    def count_refused(self, kind: str) -> None:
+        """Counts something that was turned away, under one of a few kinds."""
+        self._links.refused[kind] += 1
+
+    def _hello(self, purpose: Purpose) -> Hello:
+        own = self._protocol.own
+        return Hello(protocol=PROTOCOL, name=self.name, purpose=purpose, member=own)
+
+    def _listens(self, addresses: tuple[Address, ...]) -> None:
+        self.addresses = addresses
+        self._offer_event(ev.AddressesChanged(addresses=addresses))
+        self.listening.set()
+
+    def _candidate_found(self, candidate: Candidate) -> None:
+        self._offer_event(
+            ev.CandidateFound(addresses=candidate.addresses, source="mdns", hint=candidate.hint)
+        )
+
+    def _offer_event(self, event: ev.Event) -> None:
+        """For callers that cannot wait; what does not fit will be said again by its source."""
+        try:
+            self._put.send_nowait(event)
+        except trio.WouldBlock:
+            self._links.dropped += 1
+
+    async def _welcome(self, stream: Stream) -> None:
+        """A stream that somebody opened to us: the one place where a connection's end is decided."""
+        try:
+            hello = await greet(stream, self._hello(Purpose.CONTROL))
+            if hello.purpose is Purpose.BULK:
+                await self._bulk.answer(stream)
+            else:
+                await self._links.run(stream, hello, None)
+        except Incompatible as error:
+            await self._report_incompatible(error, None)
+        except RemoteProtocolError as error:
+            self.count_refused("non_finite" if isinstance(error, NotFinite) else "protocol")
+            with contextlib.suppress(MeshError), trio.move_on_after(LAST_WORD_S):
+                await send_frame(stream, Refusal(reason=str(error)))
+        except MeshError:
+            pass  # lost, timed out or ourselves: nothing was promised yet, or PeerLost said it
+
+    async def _dial(self, effect: ev.Dial) -> None:
+        refused, itself = False, False
+        try:
+            stream, hello = await dial(
+                self._transport, effect.addresses, self._hello(Purpose.CONTROL), None
+            )
+        except Incompatible as error:
+            await self._report_incompatible(error, effect.contact)
+            return
+        except MeshError as error:
+            refused, itself = isinstance(error, ConnectionRefused), isinstance(error, Itself)
+            await self._put.send(
+                ev.DialFailed(
+                    contact=effect.contact, refused=refused, reason=str(error), itself=itself
+                )
+            )
+            return
+        await self._links.run(stream, hello, effect.contact)
+
+    async def _report_incompatible(self, error: Incompatible, contact: str | None) -> None:
+        await self._put.send(
+            ev.PeerIncompatible(
+                node=error.node, name=error.name, reason=str(error), contact=contact
+            )
+        )
+
+    async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Stream:
+        stream, _ = await dial(self._transport, addresses, self._hello(Purpose.BULK), peer)
+        return stream
+
+
+def _run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
+    return RunStatistics(
+        spec=run.spec,
+        how=run.how.value if run.how else None,
+        step=run.step,
+        loss=run.loss,
+        samples=run.samples,
+        partners=partners,
+        drift=run.drift(partners + 1),
+        norm=run.replica.square_norm() ** 0.5,
+        last_exchange_s=None if run.exchanged_at is None else now - run.exchanged_at,
+        last_peer=run.last_peer,
+        counters=run.counters,
+    )

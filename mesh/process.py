@@ -1,0 +1,174 @@
+"""A node as an operating-system process: puts the parts together, obeys signals, cleans up.
+
+A start's trip: settings -> state directory locked -> identity -> transport, discovery -> Node ->
+local socket -> node.json. Rules: 1. SIGINT, SIGTERM, and the end of the program that started this
+node (its standard input closes) all leave politely. 2. Whatever ends it, its files go.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from random import SystemRandom
+from typing import Final
+
+import trio
+
+from mesh.control import Control, listen
+from mesh.core.messages import Address
+from mesh.errors import MeshError
+from mesh.identity import Identity, load, node_of, rename
+from mesh.net.mdns import MdnsDiscovery
+from mesh.net.tcp import TcpTransport
+from mesh.node import Node
+from mesh.settings import NodeSettings, host_directory
+from mesh.storage import PEERS_KEPT, StateDirectory, private_directory
+
+SOCKET_PATH_LIMIT: Final = 100
+"""A local socket's path has room for 104 bytes on macOS, 108 on Linux."""
+
+REMEMBER_S: Final = 5.0
+"""How often changed addresses of peers are written down for the next start."""
+
+LEAVE_S: Final = 3.0
+
+
+def run_node(
+    settings: NodeSettings, *, lifeline: bool = False, say: Callable[[str], None] | None = None
+) -> int:
+    """Runs a node in this process until it is told to stop; returns an exit code.
+
+    `lifeline`: also stop when standard input ends. `say` gets a line for each thing that happens.
+    Raises MeshError: not a member, state directory in use, port taken, ...
+    """
+    storage = StateDirectory(settings.state)
+    storage.lock()
+    try:
+        identity = load(settings.state)
+        if settings.name is not None and settings.name != identity.name:
+            identity = rename(settings.state, settings.name)
+        try:
+            return trio.run(_main, settings, storage, identity, lifeline, say or _say)
+        except* MeshError as group:
+            raise _first(group) from None
+    finally:
+        storage.unlock()
+
+
+def _first(group: BaseExceptionGroup[MeshError]) -> MeshError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, MeshError)
+    return error
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+async def _main(
+    settings: NodeSettings,
+    storage: StateDirectory,
+    identity: Identity,
+    lifeline: bool,
+    say: Callable[[str], None],
+) -> int:
+    node = _make_node(settings, storage, identity, say)
+    stop = trio.Event()
+    code = 0
+    control = Control(node, mesh=identity.mesh, state=settings.state, stop=stop.set)
+    path = settings.state / "control.sock"
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        path = private_directory(host_directory()) / f"{identity.node[:16]}.sock"
+
+    async def obey_signals() -> None:
+        nonlocal code
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for number in signals:
+                code = 130 if number == signal.SIGINT else 0
+                stop.set()
+
+    async def hold_lifeline() -> None:
+        while True:
+            await trio.lowlevel.wait_readable(0)
+            if not os.read(0, 4096):
+                break
+        await trio.sleep(control.linger_s)
+        stop.set()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(obey_signals)
+            if lifeline:
+                nursery.start_soon(hold_lifeline)
+            nursery.start_soon(node.run)
+            await node.listening.wait()
+            listener = listen(path)
+            nursery.start_soon(control.serve, listener)
+            storage.announce(identity.node, identity.name, str(path))
+            nursery.start_soon(_remember_peers, node, storage)
+            say(_greeting(node, identity))
+            await stop.wait()
+            with trio.move_on_after(LEAVE_S):
+                await node.leave()
+            nursery.cancel_scope.cancel()
+    finally:
+        path.unlink(missing_ok=True)
+    return code
+
+
+def _make_node(
+    settings: NodeSettings,
+    storage: StateDirectory,
+    identity: Identity,
+    say: Callable[[str], None],
+) -> Node:
+    refused: list[Callable[[str], None]] = []
+    transport = TcpTransport(
+        server=identity.context(server=True),
+        client=identity.context(server=False),
+        node_of=node_of,
+        refused=lambda kind: refused[0](kind),
+        port=settings.port,
+        interfaces=settings.interfaces,
+    )
+    discovery = MdnsDiscovery(
+        node=identity.node, beacon=identity.beacon, interfaces=settings.interfaces
+    )
+    given = [("peer", address) for address in settings.peers]
+    cached = [("cache", address) for address in storage.peers()]
+    node = Node(
+        node=identity.node,
+        name=identity.name,
+        incarnation=storage.reserve_incarnations(),
+        transport=transport,
+        discovery=discovery if settings.mdns else None,
+        candidates=tuple(given + cached),
+        rng=SystemRandom(),
+        store_incarnation=storage.store_incarnation,
+        note=say,
+    )
+    refused.append(node.count_refused)
+    return node
+
+
+def _greeting(node: Node, identity: Identity) -> str:
+    where = ", ".join(str(address) for address in node.addresses) or "no address yet"
+    return f"{identity.name} ({identity.node[:8]}) is up in mesh {identity.mesh} at {where}"
+
+
+async def _remember_peers(node: Node, storage: StateDirectory) -> None:
+    """Writes down where peers are, so that the next start needs no mDNS."""
+    written: list[Address] = []
+    while True:
+        await trio.sleep(REMEMBER_S)
+        peers = node.statistics().protocol.peers
+        found = [a for peer in peers if peer.state == "alive" for a in peer.addresses][:PEERS_KEPT]
+        if found and found != written:
+            with contextlib.suppress(MeshError):  # a full disk costs the cache, nothing else
+                await trio.to_thread.run_sync(partial(storage.store_peers, found))
+                written = found

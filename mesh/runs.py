@@ -1,0 +1,167 @@
+"""One run as its node holds it: the replica, the hand-over, the exchanges in progress, the figures.
+
+A Run is made when a training attaches and dropped when it ends. Only tasks of the node touch it, and
+none of them waits inside a step, so there are no locks.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mesh.codec import Floats
+from mesh.core.events import Begin, Beginning
+from mesh.core.exchange import Initiation, Responses
+from mesh.core.messages import NodeId, SchemaEntry
+from mesh.core.schema import digest
+from mesh.errors import LocalProtocolError
+from mesh.replica import HandOver, Replica
+
+DISTANCES_KEPT: Final = 8
+"""Pair distances that the drift is read from: the last few, or it would lag behind the training."""
+
+Tell = Callable[[dict[str, Any]], None]
+"""Puts one event into the training's queue; never waits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """What a training says of itself when it attaches."""
+
+    run: str
+    entries: tuple[SchemaEntry, ...]
+    weight: float
+    every: int
+    sync_timeout_s: float
+    pid: int
+    script: str
+    started: bool = False
+    exchanged: bool = False
+
+    @property
+    def schema(self) -> str:
+        return digest(self.entries)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a run did since it attached. Lengths are in bytes, with headers, without TLS."""
+
+    completed: int = 0
+    answered: int = 0
+    resumed: int = 0
+    refused: int = 0
+    failed: int = 0
+    pulled: int = 0
+    non_finite: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReply:
+    """What answered a fragment, until its initiator has acknowledged it."""
+
+    buffer: memoryview
+    halved: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """See the module's docstring."""
+
+    spec: RunSpec
+    replica: Replica
+    hand_over: HandOver
+    tell: Tell
+    responses: Responses[KeptReply]
+    attached_at: float
+    buffers: "BufferPool"
+    current: Initiation | None = None
+    unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    distances: deque[float] = field(default_factory=lambda: deque(maxlen=DISTANCES_KEPT))
+    step: int = 0
+    loss: float | None = None
+    samples: int = 0
+    how: Beginning | None = None
+    ours: bool = True
+    """whose turn the hand-over buffers are: the node's, or the training's"""
+    exchanged_at: float | None = None
+    last_peer: NodeId | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.run
+
+    def begin(self, effect: Begin, donor: str | None) -> None:
+        """The replica holds its first weights: hand them to the training."""
+        self.how = effect.how
+        self.hand_over.offer()
+        self.ours = False
+        self.tell({"event": "begun", "how": effect.how.value, "from": donor})
+
+    def post(self, *, step: int, loss: float | None, samples: int) -> None:
+        """The training's progress is in `posted`: merge it. Raises LocalProtocolError out of turn."""
+        if self.ours:
+            raise LocalProtocolError("posted without an offer in hand")
+        self.ours = True
+        self.step, self.loss, self.samples = step, loss, samples
+        if not self.hand_over.merge():
+            self.counters.non_finite += 1
+            self.tell({"event": "diverged", "step": step})
+
+    def offer(self) -> None:
+        """The replica as it is now, for the training's next step; nothing if it has an offer."""
+        if not self.ours:
+            return
+        self.ours = False
+        self.hand_over.offer()
+        self.tell({"event": "offered"})
+
+    def crosses(self, index: int) -> bool:
+        """Whether our own request for this fragment is in flight: then both sides take half."""
+        return self.current is not None and index in self.current.in_doubt
+
+    def drift(self, replicas: int) -> float | None:
+        """Consensus distance: RMS over replicas of the distance to their mean.
+
+        From pair distances d: E d^2 = 2 V / (n - 1) for random pairs, V = sum of squared distances
+        to the mean. None before the first exchange.
+        """
+        if not self.distances or replicas < 2:
+            return None
+        mean = sum(self.distances) / len(self.distances)
+        return float(((replicas - 1) / (2 * replicas) * mean) ** 0.5)
+
+
+class BufferPool:
+    """Buffers of one fragment each, reused: a fresh allocation costs three copies."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        return self._free.pop() if self._free else memoryview(bytearray(self._length))
+
+    def give(self, buffer: memoryview) -> None:
+        self._free.append(buffer)
+
+
+def make_run(
+    spec: RunSpec, replica: Replica, posted: Floats, offered: Floats, tell: Tell, now: float
+) -> Run:
+    """A run whose training has filled `posted` with its first weights. Raises NotFinite."""
+    hand_over = HandOver(replica, posted, offered)
+    hand_over.begin()
+    buffers = BufferPool(replica.body_bytes(0))
+    return Run(
+        spec=spec,
+        replica=replica,
+        hand_over=hand_over,
+        tell=tell,
+        responses=Responses(replica.fragments, lambda kept: buffers.give(kept.buffer)),
+        attached_at=now,
+        buffers=buffers,
+    )

@@ -1,0 +1,60 @@
+"""Memory that two processes of one machine share: the two hand-over buffers of a run.
+
+The node makes it, the training maps it through a descriptor that crosses the local socket. On Linux
+it is a sealed memfd: neither side can shrink it under the other's feet (a bus error would kill both).
+Elsewhere it is an unlinked file. multiprocessing.shared_memory is not used: in Python 3.11 its
+resource tracker removes segments that other processes still use.
+"""
+
+import mmap
+import os
+import sys
+import tempfile
+
+import numpy as np
+
+from mesh.codec import Floats
+from mesh.errors import UsageError
+
+if sys.platform == "linux":
+    import fcntl
+
+
+class HandOverMemory:
+    """Two float32 buffers of (entries,): `posted` and `offered`, one mapping, one descriptor."""
+
+    def __init__(self, descriptor: int, entries: int) -> None:
+        """Maps memory that `create` made here or in the node process; takes over the descriptor.
+
+        Raises UsageError if the descriptor is smaller than two buffers of `entries`.
+        """
+        self.descriptor = descriptor
+        size = 8 * entries
+        if os.fstat(descriptor).st_size < size:
+            os.close(descriptor)
+            raise UsageError("the shared memory is smaller than the model")
+        self._map = mmap.mmap(descriptor, size)
+        flat: Floats = np.frombuffer(self._map, dtype=np.float32)
+        self.posted: Floats = flat[:entries]
+        self.offered: Floats = flat[entries:]
+
+    @classmethod
+    def create(cls, entries: int) -> "HandOverMemory":
+        """Fresh zeros for both buffers."""
+        size = 8 * entries
+        if sys.platform == "linux":
+            descriptor = os.memfd_create("mesh", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(descriptor, size)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+        else:
+            descriptor, path = tempfile.mkstemp(prefix="mesh-")
+            os.unlink(path)
+            os.ftruncate(descriptor, size)
+        return cls(descriptor, entries)
+
+    def close(self) -> None:
+        """Gives the descriptor back; the mapping goes with the last array that views it."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

@@ -1,0 +1,512 @@
+"""join(): the torch side, in the training process. The only file of mesh/ that imports torch.
+
+The training holds an offer (two shared buffers `posted` and `offered`) from "begun" or "offered" to
+its next "post"; the node holds them in between. A boundary, every H steps, reads:
+
+    x += offered - posted; posted = x        what the mesh learned since our last post comes in
+    post                                     what we learned goes out; the node merges and exchanges
+
+Rules: 1. step() never waits for the network; only `patience` and averaged() wait, bounded. 2. If the
+node dies, the training goes on alone and attaches again. 3. The model is changed in place, at step
+boundaries only, never its integer and bool buffers.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+
+from mesh.client import LocalSocket, ask, node_of_state
+from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
+from mesh.launch import NodeProcess, start_node
+from mesh.settings import NodeSettings
+from mesh.shared import HandOverMemory
+from mesh.tensors import Tensors
+
+logger = logging.getLogger("mesh")
+
+BEGIN_S: Final = 3600.0
+"""A newcomer on slow Wi-Fi may take this long to get a large model; it is told of every minute."""
+
+LOCAL_S: Final = 2.0
+"""A node on the same machine answers in a millisecond; beyond this it is stopped."""
+
+EVALUATION_S: Final = 2.0
+"""averaged() waits this long for one exchange, so that what is evaluated is the mesh's."""
+
+FIRST_RETRY_S: Final = 1.0
+LAST_RETRY_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What JoinedNode.statistics() returns. Sizes are bytes, times seconds."""
+
+    attached: bool
+    """False: the node is gone and the training goes on alone"""
+    step: int
+    samples: int
+    peers: int
+    """peers that this run is averaged with now"""
+    exchanges: int
+    """exchanges that this node began and completed"""
+    answered: int
+    bytes_sent: int
+    bytes_received: int
+    drift: float | None
+    """consensus distance: RMS distance of the replicas to their mean"""
+    began: str | None
+    """how the run got its first weights: alone, first, donor, again"""
+
+
+def join(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    run: str | None = None,
+    every: int = 8,
+    weight: float = 1.0,
+    patience: float = 0.0,
+    sync_timeout: float = 2.0,
+    state: str | os.PathLike[str] | None = None,
+    settings: NodeSettings | None = None,
+) -> "JoinedNode":
+    """Attaches this training to the machine's node, or starts one for its lifetime.
+
+    Returns when the model holds its first weights: those of the mesh where somebody trains `run`
+    already, its own after `sync_timeout` seconds where nobody does. Use as a context manager, then
+    call step() after each optimizer step.
+
+    model: what is averaged: every floating-point entry of its state dict (float16, bfloat16, float32,
+        float64), tied weights once; integer and bool buffers stay local.
+    optimizer: checked to hold this model's parameters; its own state stays local.
+    run: name of the training; machines of one run with equal layers average. Default: the script's.
+    every: steps between hand-overs; smaller for small batches and uneven data.
+    weight: this node's part in the average (FedAvg: its number of samples).
+    patience: seconds that a hand-over may wait for its exchange; 0 never waits.
+    state, settings: which node; default $MESH_STATE, else the user's own.
+
+    Raises UsageError (what to change is in the message) or MeshError.
+    """
+    if not run:
+        run = Path(sys.argv[0] or "default").stem[:64] or "default"
+    if type(every) is not int or every < 1:
+        raise UsageError(f"every={every!r}: a whole number of steps from 1")
+    for name, value in (("weight", weight), ("patience", patience), ("sync_timeout", sync_timeout)):
+        if not math.isfinite(value) or value < 0:
+            raise UsageError(f"{name}={value!r}: a number from 0")
+    if weight == 0:
+        raise UsageError("weight=0: a replica without weight would never be heard")
+    tensors = Tensors(model)
+    _check_optimizer(model, optimizer)
+    if settings is None:
+        settings = NodeSettings(state=Path(state)) if state is not None else NodeSettings()
+    return JoinedNode(
+        tensors,
+        settings,
+        every=every,
+        patience=patience,
+        request={
+            "run": run,
+            "schema": tensors.schema(),
+            "weight": float(weight),
+            "every": every,
+            "sync_timeout_s": float(sync_timeout),
+            "pid": os.getpid(),
+            "script": sys.argv[0] or "python",
+        },
+    )
+
+
+def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held and not any(id(p) in held for p in model.parameters()):
+        raise UsageError(
+            "the optimizer holds none of this model's parameters: make it from model.parameters() "
+            "after the model is final"
+        )
+
+
+class _Session:
+    """One attachment to a node: the local socket, the shared buffers, whose turn it is."""
+
+    def __init__(self, link: LocalSocket, memory: HandOverMemory) -> None:
+        self.link = link
+        self.memory = memory
+        self.posted = torch.from_numpy(memory.posted)
+        self.offered = torch.from_numpy(memory.offered)
+        self.holding = True
+        """the buffers are ours: from an offer to the next post"""
+        self.fresh = False
+        """the offer in hand is not in the model yet"""
+        self.wanted = False
+
+    def take_events(self, timeout_s: float) -> bool:
+        """Reads what the node said; waits at most timeout_s for an offer. True if one is in hand."""
+        deadline = time.monotonic() + timeout_s
+        while not self.holding:
+            left = max(0.0, deadline - time.monotonic())
+            event = self.link.receive(left)
+            if event is None:
+                break
+            match event.get("event"):
+                case "offered":
+                    self.holding, self.fresh, self.wanted = True, True, False
+                case "diverged":
+                    logger.warning(
+                        "the weights are not finite at step %s: they are not shared; lower the "
+                        "learning rate",
+                        event.get("step"),
+                    )
+        return self.holding
+
+    def want(self) -> None:
+        """Asks for an offer, once."""
+        if not self.holding and not self.wanted:
+            self.link.send(op="want")
+            self.wanted = True
+
+    def post(self, **figures: Any) -> None:
+        self.link.send(op="post", **figures)
+        self.holding = self.fresh = False
+        self.wanted = figures.get("want") is True
+
+    def close(self) -> None:
+        self.link.close()
+        self.memory.close()
+
+
+class JoinedNode:
+    """What join() returns: this training's place in the mesh. One thread at a time may use it."""
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        settings: NodeSettings,
+        *,
+        every: int,
+        patience: float,
+        request: dict[str, Any],
+    ) -> None:
+        """Use join()."""
+        self._tensors = tensors
+        self._settings = settings
+        self._every = every
+        self._patience = patience
+        self._request = request
+        self._process: NodeProcess | None = None
+        self._session: _Session | None = None
+        self._closed = False
+        self._steps = 0
+        self._samples = 0
+        self._loss: float | None = None
+        self._began: str | None = None
+        self._retry_at = 0.0
+        self._retry_s = FIRST_RETRY_S
+        try:
+            try:
+                running = node_of_state(settings.state)
+            except NodeNotRunning:
+                self._process = _start(settings)
+                running = self._process.running
+            self._attach(running.control, LOCAL_S, BEGIN_S)
+        except BaseException:
+            self._end_process()
+            raise
+
+    # ------------------------------------------------------------------------------- interface
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return str(self._request["run"])
+
+    def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
+        """Call after each optimizer step. Every H-th call hands over; none waits for the network.
+
+        loss, samples: shown by `mesh status`; `samples` are this step's.
+        Raises UsageError if the node was closed or the model changed its layers.
+        """
+        self._check_open()
+        self._steps += 1
+        self._samples += int(samples or 0)
+        if loss is not None:
+            self._loss = float(loss)
+        place = self._steps % self._every
+        if self._session is None:
+            if place == 0:
+                self._attach_again()
+            return
+        with self._or_alone():
+            if place == 0:
+                self._boundary(self._session)
+            elif place == self._every - 1 and not self._patience:
+                self._session.want()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the model holds the mesh's weights; after it, the training's again.
+
+            with node.averaged():
+                evaluate(model)        # or save it
+
+        Hands over first and waits for one exchange, at most 2 s. Do not train inside.
+        """
+        self._check_open()
+        with self._or_alone():
+            self._meet(EVALUATION_S)
+        session = self._session
+        if session is None:
+            yield  # alone: the training's own weights are all there is
+            return
+        kept = self._tensors.copies()
+        self._tensors.load(session.offered)
+        try:
+            yield
+        finally:
+            self._tensors.restore(kept)
+
+    def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> bool:
+        """Waits until this run is averaged with at least `n` peers; True.
+
+        Raises PeersMissing (a TimeoutError) after `timeout` seconds, NodeNotRunning if alone.
+        """
+        self._check_open()
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (found := self.statistics().peers) < n:
+            if time.monotonic() >= deadline:
+                raise PeersMissing(
+                    f"{found} of {n} peers train run {self.run!r} after {timeout:g} s; "
+                    "`mesh peers` shows who is there and why others are not"
+                )
+            if self._session is None:
+                raise NodeNotRunning("the node is gone: `mesh up` starts one")
+            time.sleep(0.05)
+        return True
+
+    def statistics(self) -> Statistics:
+        """Figures of this run now; those of the mesh are 0 while the node is gone."""
+        figures: dict[str, Any] = {}
+        if self._session is not None:
+            with contextlib.suppress(MeshError):
+                status = ask(node_of_state(self._settings.state), "status")
+                figures = next((r for r in status["runs"] if r["run"] == self.run), {})
+        exchanges = figures.get("exchanges", {})
+        return Statistics(
+            attached=bool(figures),
+            step=self._steps,
+            samples=self._samples,
+            peers=figures.get("partners", 0),
+            exchanges=exchanges.get("completed", 0),
+            answered=exchanges.get("answered", 0),
+            bytes_sent=figures.get("bytes_sent", 0),
+            bytes_received=figures.get("bytes_received", 0),
+            drift=figures.get("drift"),
+            began=self._began,
+        )
+
+    def close(self) -> None:
+        """Hands over the last progress, detaches, and stops the node if join() started it.
+
+        The model keeps the training's own weights. Called by the `with` block's end; harmless twice.
+        """
+        self._close(hand_over=True)
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close(hand_over=kind is None)
+
+    # ------------------------------------------------------------------------------- hand-over
+
+    def _boundary(self, session: _Session) -> None:
+        self._tensors.check()
+        if not session.take_events(self._patience):
+            session.want()
+            return
+        self._post(session, waits=self._patience > 0)
+        if self._patience and session.take_events(self._patience):
+            self._adopt(session)
+
+    def _post(self, session: _Session, *, waits: bool) -> None:
+        """Brings the offer in hand into the model, and the model's progress into `posted`."""
+        if session.fresh:
+            self._tensors.merge(session.posted, session.offered)
+        else:
+            self._tensors.collect(session.posted)
+        loss = self._loss
+        session.post(
+            step=self._steps,
+            samples=self._samples,
+            loss=loss if loss is not None and math.isfinite(loss) else None,
+            waits=waits,
+            want=not waits and self._every == 1,
+        )
+
+    def _adopt(self, session: _Session) -> None:
+        """An offer arrived before any step was made since the post: it is the model."""
+        self._tensors.merge(session.posted, session.offered)
+        session.fresh = False
+
+    def _meet(self, timeout_s: float) -> None:
+        """Hands over, waits for one exchange, and leaves a fresh offer in hand."""
+        session = self._session
+        if session is None:
+            return
+        self._tensors.check()
+        session.want()
+        if session.take_events(LOCAL_S):
+            self._post(session, waits=True)
+            if not session.take_events(timeout_s):
+                session.want()
+        if not session.take_events(LOCAL_S):
+            raise NodeNotRunning("the node does not answer")
+
+    # ------------------------------------------------------------------------------ attachment
+
+    def _attach(self, control: str, local_s: float, begin_s: float) -> None:
+        """Attaches and waits for the first weights. Raises MeshError."""
+        link = LocalSocket(control, local_s)
+        session: _Session | None = None
+        again = self._began is not None
+        try:
+            answer = link.request(
+                local_s, op="attach", started=again, exchanged=again, **self._request
+            )
+            memory = HandOverMemory(link.descriptors.pop(), int(answer["entries"]))
+            session = _Session(link, memory)
+            self._tensors.fill(session.posted)
+            link.send(op="begin")
+            session.holding = False
+            began = self._wait_for_begun(link, begin_s)
+            session.holding = True
+            if began == "donor":
+                self._tensors.load(session.offered)
+            session.posted.copy_(session.offered)
+        except BaseException:
+            if session is not None:
+                session.memory.close()
+            link.close()
+            raise
+        self._session, self._began = session, self._began or began
+
+    def _wait_for_begun(self, link: LocalSocket, begin_s: float) -> str:
+        deadline = time.monotonic() + begin_s
+        while time.monotonic() < deadline:
+            event = link.receive(min(60.0, begin_s))
+            if event is None:
+                logger.warning("still waiting for the first weights of run %r", self.run)
+            elif event.get("event") == "begun":
+                self._say_how(str(event["how"]), event.get("from"))
+                return str(event["how"])
+            elif event.get("event") == "refused":
+                raise UsageError(str(event.get("reason")))
+        raise MeshError(f"no first weights for run {self.run!r} within {begin_s:g} s")
+
+    def _say_how(self, how: str, donor: str | None) -> None:
+        match how:
+            case "alone":
+                logger.warning(
+                    "nobody else trains run %r yet: starting alone; others join by themselves",
+                    self.run,
+                )
+            case "donor":
+                logger.info("run %r begins with the weights of %s", self.run, donor)
+            case _:
+                logger.info("run %r begins (%s)", self.run, how)
+
+    @contextlib.contextmanager
+    def _or_alone(self) -> Iterator[None]:
+        """If the node is gone: say so once, and go on without it."""
+        try:
+            yield
+        except NodeNotRunning as error:
+            logger.warning(
+                "%s: training goes on alone and attaches again when a node is up "
+                "(`mesh up --state %s`)",
+                error,
+                self._settings.state,
+            )
+            self._drop_session()
+            self._retry_s = FIRST_RETRY_S
+            self._retry_at = time.monotonic() + self._retry_s
+
+    def _attach_again(self) -> None:
+        if time.monotonic() < self._retry_at:
+            return
+        self._tensors.check()
+        try:
+            control = node_of_state(self._settings.state).control
+            self._attach(control, LOCAL_S, LOCAL_S)
+        except MeshError:
+            self._retry_s = min(LAST_RETRY_S, 2 * self._retry_s)
+            self._retry_at = time.monotonic() + self._retry_s
+        else:
+            logger.warning("attached to the node again")
+
+    def _drop_session(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _close(self, *, hand_over: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._session is not None:
+                with contextlib.suppress(MeshError):
+                    if hand_over:
+                        self._meet(EVALUATION_S)
+                    self._session.link.send(op="detach")
+                    _wait_for_detached(self._session.link)
+        finally:
+            self._drop_session()
+            self._end_process()
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(
+                f"run {self.run!r} is closed: step() and averaged() belong inside the `with` block"
+            )
+
+
+def _wait_for_detached(link: LocalSocket) -> None:
+    deadline = time.monotonic() + LOCAL_S
+    while time.monotonic() < deadline:
+        event = link.receive(LOCAL_S)
+        if event is None or event.get("event") == "detached":
+            return
+
+
+def _start(settings: NodeSettings) -> NodeProcess:
+    """A node for this training's lifetime; makes a mesh first if this machine is in none."""
+    from mesh.identity import create_mesh, is_member
+
+    if not is_member(settings.state):
+        token = create_mesh(settings.state, settings.name)
+        print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
+    return start_node(settings)

@@ -1,0 +1,242 @@
+"""Frames: bytes <-> messages, with every limit. The only file that knows msgpack.
+
+A frame is a prefix of 8 bytes (header length, body length; big-endian), a msgpack header
+[number, field, field, ...] and raw body bytes (numbers of a fragment). Rules: 1. Lengths are checked
+before anything is read or allocated for them; a body is read only into a buffer that the receiver
+sized from its own model. 2. Every field is checked by type, range and length. 3. Whatever bytes come,
+decode() returns a message or raises RemoteProtocolError, nothing else. 4. MESSAGES is append-only.
+"""
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import msgpack
+
+from mesh.core.membership import INCARNATION_LIMIT
+from mesh.core.messages import (
+    FRAGMENT_ENTRIES,
+    PROTOCOL,
+    Ack,
+    Address,
+    Delta,
+    ExchangeOpened,
+    ExchangeRefused,
+    FinishExchange,
+    Fragment,
+    Hello,
+    Member,
+    Members,
+    Message,
+    NodeId,
+    OpenExchange,
+    OtherVersion,
+    Ping,
+    Purpose,
+    Refusal,
+    RunInfo,
+    SchemaEntry,
+    SchemaPage,
+    SchemaRequest,
+    State,
+)
+from mesh.errors import LocalProtocolError, RemoteProtocolError
+
+PREFIX: Final = struct.Struct(">II")
+PREFIX_BYTES: Final = PREFIX.size
+
+HEADER_LIMIT_BYTES: Final = 64 * 1024
+"""Header of any frame. A full page of member rows is about 50 kB."""
+
+BODY_LIMIT_BYTES: Final = 4 * FRAGMENT_ENTRIES
+"""Body of any frame: one fragment of float32, the widest codec."""
+
+Check = Callable[[Any], Any]
+T = TypeVar("T")
+
+
+class _Invalid(Exception):
+    """A field that breaks its rule; never leaves this file."""
+
+
+def _whole(low: int, high: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise _Invalid(f"a whole number of {low}..{high}")
+        return value
+
+    return check
+
+
+def _text(limit: int) -> Check:
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > limit or not value.isprintable():
+            raise _Invalid(f"printable text of at most {limit} characters")
+        return value
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise _Invalid("true or false")
+    return value
+
+
+def _weight(value: Any) -> float:
+    if type(value) is not float or not math.isfinite(value) or not 0 <= value <= 1e12:
+        raise _Invalid("a weight of 0..1e12")
+    return value
+
+
+def _node(value: Any) -> NodeId:
+    if type(value) is not str or not 8 <= len(value) <= 64 or not value.isalnum():
+        raise _Invalid("a node id")
+    return NodeId(value)
+
+
+def _many(check: Check, limit: int) -> Check:
+    def check_all(value: Any) -> tuple[Any, ...]:
+        if type(value) is not list or len(value) > limit:
+            raise _Invalid(f"a list of at most {limit}")
+        return tuple(check(item) for item in value)
+
+    return check_all
+
+
+def _record(kind: type[T], **checks: Check) -> Callable[[Any], T]:
+    """A list of fields, in this order; a newer version may have appended more."""
+
+    def check(value: Any) -> T:
+        if type(value) is not list or len(value) < len(checks):
+            raise _Invalid(f"{kind.__name__}: {len(checks)} fields")
+        fields = zip(checks.items(), value, strict=False)
+        return kind(**{name: rule(item) for (name, rule), item in fields})
+
+    return check
+
+
+_counter = _whole(0, 2**63)
+_index = _whole(0, 2**32)
+_run_name = _text(64)
+_reason = _text(500)
+_name = _text(64)
+
+_address = _record(Address, host=_text(64), port=_whole(1, 65535))
+_run_info = _record(RunInfo, run=_run_name, schema=_text(16), started=_flag, exchanged=_flag)
+_member = _record(
+    Member,
+    node=_node,
+    name=_name,
+    incarnation=_whole(0, INCARNATION_LIMIT),
+    state=lambda value: State(_whole(0, 3)(value)),
+    addresses=_many(_address, 16),
+    runs=_many(_run_info, 16),
+)
+_entry = _record(SchemaEntry, name=_text(256), shape=_many(_whole(0, 2**40), 16), dtype=_text(16))
+_hello = _record(
+    Hello,
+    protocol=_whole(0, 2**31),
+    name=_name,
+    purpose=lambda value: Purpose(_whole(0, 1)(value)),
+    member=_member,
+)
+_other_version = _record(OtherVersion, protocol=_whole(0, 2**31), name=_name)
+
+
+def _hello_of_any_version(value: Any) -> Hello | OtherVersion:
+    other = _other_version(value)
+    return _hello(value) if other.protocol == PROTOCOL else other
+
+
+MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
+    # The position is the number on the wire. ONLY APPEND TO THIS LIST.
+    (Hello, _hello_of_any_version),
+    (Refusal, _record(Refusal, reason=_reason)),
+    (Members, _record(Members, members=_many(_member, 64), reply=_flag)),
+    (Ping, _record(Ping, sequence=_counter)),
+    (Ack, _record(Ack, sequence=_counter)),
+    (SchemaRequest, _record(SchemaRequest, run=_run_name, start=_index)),
+    (
+        SchemaPage,
+        _record(SchemaPage, run=_run_name, start=_index, total=_index, entries=_many(_entry, 128)),
+    ),
+    (
+        OpenExchange,
+        _record(
+            OpenExchange,
+            exchange=_counter,
+            run=_run_name,
+            schema=_text(16),
+            weight=_weight,
+            start=_index,
+            pull=_flag,
+            started=_flag,
+            exchanged=_flag,
+        ),
+    ),
+    (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),
+    (
+        ExchangeRefused,
+        _record(ExchangeRefused, exchange=_counter, reason=_reason, unknown=_flag),
+    ),
+    (Fragment, _record(Fragment, exchange=_counter, index=_index, received=_index)),
+    (Delta, _record(Delta, exchange=_counter, index=_index, halved=_flag)),
+    (FinishExchange, _record(FinishExchange, exchange=_counter)),
+)
+_NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as lists of their fields, in order of declaration."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    slots = getattr(type(value), "__dataclass_fields__", None)
+    if slots is None:
+        return int(value) if isinstance(value, (State, Purpose)) else value
+    return [_plain(getattr(value, name)) for name in slots]
+
+
+def encode(message: Message, body_bytes: int = 0) -> bytes:
+    """The frame of a message, up to where its body of `body_bytes` follows."""
+    header: bytes = msgpack.packb([_NUMBERS[type(message)], *_plain(message)])
+    if len(header) > HEADER_LIMIT_BYTES or body_bytes > BODY_LIMIT_BYTES:
+        raise LocalProtocolError(f"{type(message).__name__} does not fit into a frame")
+    return PREFIX.pack(len(header), body_bytes) + header
+
+
+def parse_prefix(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
+    """(header length, body length) in bytes, both within their limits."""
+    header_bytes, body_bytes = PREFIX.unpack(prefix)
+    if header_bytes > HEADER_LIMIT_BYTES or body_bytes > BODY_LIMIT_BYTES:
+        raise RemoteProtocolError(f"a frame of {header_bytes} + {body_bytes} bytes is too large")
+    return header_bytes, body_bytes
+
+
+def decode(header: bytes | bytearray | memoryview) -> Message:
+    """The message of a header. Raises RemoteProtocolError for anything that is not one."""
+    try:
+        # Its own defaults would let 1 MiB of nested lists become a million objects (64x).
+        raw = msgpack.unpackb(
+            header,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=1024,
+            max_bin_len=0,
+            max_array_len=256,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(f"not a msgpack header: {type(error).__name__}") from None
+    if type(raw) is not list or not raw or type(raw[0]) is not int:
+        raise RemoteProtocolError("a header is a list that begins with a message number")
+    if not 0 <= raw[0] < len(MESSAGES):
+        raise RemoteProtocolError(f"message number {raw[0]} is not known here")
+    kind, check = MESSAGES[raw[0]]
+    try:
+        message: Message = check(raw[1:])
+    except _Invalid as error:
+        raise RemoteProtocolError(f"{kind.__name__} wants {error}") from None
+    return message
