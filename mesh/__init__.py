@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         read_token,
         rename,
     )
-    from mesh.launch import NodeProcess, start_node
+    from mesh.launch import NodeProcess, make_mesh_if_none, start_node
     from mesh.process import run_node
     from mesh.settings import NodeSettings, parse_address, state_directory
     from mesh.training import JoinedNode, Statistics, join
@@ -54,6 +54,7 @@ _HOMES = {
     "find_node": "client",
     "running_nodes": "client",
     "RunningNode": "client",
+    "make_mesh_if_none": "launch",
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
@@ -83,6 +84,7 @@ __all__ = [
     "join_mesh",
     "leave_mesh",
     "load",
+    "make_mesh_if_none",
     "parse_address",
     "read_token",
     "rename",

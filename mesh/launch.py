@@ -45,6 +45,15 @@ class NodeProcess:
             self._process.wait()
 
 
+def make_mesh_if_none(settings: NodeSettings) -> None:
+    """Makes a new closed mesh where this machine is in none, and prints how others join it."""
+    from mesh.identity import create_mesh, is_member  # cryptography costs 60 ms: only when needed
+
+    if not is_member(settings.state):
+        token = create_mesh(settings.state, settings.name)
+        print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
+
+
 def start_node(settings: NodeSettings) -> NodeProcess:
     """Starts a node and waits until it answers. Raises MeshError with what it said if it cannot."""
     log = settings.state / "node.log"

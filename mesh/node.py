@@ -15,17 +15,19 @@ from typing import Final, assert_never
 
 import trio
 
-from mesh.bulk import Bulk
 from mesh.codec import Float32, Floats
 from mesh.core import events as ev
 from mesh.core.averaging import RUNS_LIMIT
 from mesh.core.messages import PROTOCOL, Address, Hello, NodeId, Purpose, Refusal
-from mesh.core.protocol import MeshProtocol, ProtocolStatistics, first_row
+from mesh.core.protocol import MeshProtocol, first_row
+from mesh.core.statistics import ProtocolStatistics
 from mesh.errors import ConnectionRefused, MeshError, NotFinite, RemoteProtocolError, UsageError
 from mesh.frames import send_frame
+from mesh.initiator import Initiator
 from mesh.links import Incompatible, Itself, Links, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
 from mesh.replica import Replica
+from mesh.responder import Responder
 from mesh.runs import Counters, Run, RunSpec, Tell, make_run
 
 INBOX_LIMIT: Final = 1024
@@ -93,9 +95,17 @@ class Node:
         self._protocol = MeshProtocol(first_row(node, name, incarnation, ()), rng)
         self._put, self._take = trio.open_memory_channel[ev.Event](INBOX_LIMIT)
         self._links = Links(self._put.send)
-        self._bulk = Bulk(
-            me=node,
+        self._runs: dict[str, Run] = {}
+        self._initiator = Initiator(
+            self._runs,
             connect=self._connect_bulk,
+            emit=self._put.send,
+            info_of=self._protocol.run_info,
+            refused=self.count_refused,
+        )
+        self._responder = Responder(
+            node,
+            self._runs,
             emit=self._put.send,
             info_of=self._protocol.run_info,
             refused=self.count_refused,
@@ -127,7 +137,7 @@ class Node:
         finally:
             self._nursery = None
             with trio.CancelScope(shield=True):
-                await self._bulk.close()
+                await self._initiator.close()
 
     async def leave(self) -> None:
         """Tells every peer that this node goes, and ends its connections."""
@@ -141,7 +151,7 @@ class Node:
         protocol = self._protocol.statistics(now)
         runs = tuple(
             _run_statistics(run, protocol.partners.get(name, 0), now)
-            for name, run in self._bulk.runs.items()
+            for name, run in self._runs.items()
         )
         return NodeStatistics(
             protocol=protocol,
@@ -156,13 +166,13 @@ class Node:
 
     def check_run(self, spec: RunSpec) -> None:
         """Raises UsageError if this run cannot be attached."""
-        if spec.run in self._bulk.runs:
-            pid = self._bulk.runs[spec.run].spec.pid
+        if spec.run in self._runs:
+            pid = self._runs[spec.run].spec.pid
             raise UsageError(
                 f"run {spec.run!r} is being trained on this node already (pid {pid}); "
                 "give this training another run= name, or its own node with --state"
             )
-        if len(self._bulk.runs) >= RUNS_LIMIT:
+        if len(self._runs) >= RUNS_LIMIT:
             raise UsageError(f"{RUNS_LIMIT} trainings are attached to this node already")
 
     async def attach(self, spec: RunSpec, posted: Floats, offered: Floats, tell: Tell) -> Run:
@@ -174,7 +184,7 @@ class Node:
             run = make_run(spec, replica, posted, offered, tell, trio.current_time())
         except NotFinite as error:
             raise UsageError(f"{error}; nothing was shared") from None
-        self._bulk.runs[spec.run] = run
+        self._runs[spec.run] = run
         await self._put.send(
             ev.RunAttached(
                 run=spec.run,
@@ -189,13 +199,13 @@ class Node:
 
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""
-        if self._bulk.runs.get(run.name) is run:
+        if self._runs.get(run.name) is run:
             await self._put.send(ev.Posted(run=run.name, waits=waits))
 
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
-        if self._bulk.runs.get(run.name) is run:
-            del self._bulk.runs[run.name]
+        if self._runs.get(run.name) is run:
+            del self._runs[run.name]
             await self._put.send(ev.RunDetached(run=run.name))
 
     def exchanged(self, run: Run) -> bool:
@@ -230,14 +240,14 @@ class Node:
             case ev.Hangup():
                 self._links.hang_up(effect.connection, effect.reason)
             case ev.StartExchange():
-                self._nursery.start_soon(self._bulk.initiate, effect)
+                self._nursery.start_soon(self._initiator.initiate, effect)
             case ev.Begin():
-                if effect.run in self._bulk.runs:
+                if effect.run in self._runs:
                     donor = self._name_of(effect.donor) if effect.donor else None
-                    self._bulk.runs[effect.run].begin(effect, donor)
+                    self._runs[effect.run].begin(effect, donor)
             case ev.Offer():
-                if effect.run in self._bulk.runs:
-                    self._bulk.runs[effect.run].offer()
+                if effect.run in self._runs:
+                    self._runs[effect.run].offer()
             case ev.StoreIncarnation():
                 self._store_incarnation(effect.incarnation)
             case ev.Note():
@@ -282,7 +292,7 @@ class Node:
         try:
             hello = await greet(stream, self._hello(Purpose.CONTROL))
             if hello.purpose is Purpose.BULK:
-                await self._bulk.answer(stream)
+                await self._responder.answer(stream)
             else:
                 await self._links.run(stream, hello, None)
         except Incompatible as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mesh import __version__
 from mesh.core.messages import PROTOCOL
-from mesh.core.protocol import PeerStatistics
+from mesh.core.statistics import PeerStatistics
 from mesh.node import NodeStatistics, RunStatistics
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mesh.codec import Floats
 from mesh.errors import UsageError
 
 DTYPES = {
@@ -70,19 +71,19 @@ class Tensors:
             raise UsageError(f"the model changed: {added} was added since join()")
 
     @torch.no_grad()
-    def fill(self, flat: torch.Tensor) -> None:
+    def fill(self, flat: Floats) -> None:
         """flat = x."""
         for tensor, part in self._pairs(flat):
             part.copy_(tensor)
 
     @torch.no_grad()
-    def load(self, flat: torch.Tensor) -> None:
+    def load(self, flat: Floats) -> None:
         """x = flat."""
         for tensor, part in self._pairs(flat):
             tensor.copy_(part)
 
     @torch.no_grad()
-    def collect(self, posted: torch.Tensor) -> None:
+    def collect(self, posted: Floats) -> None:
         """posted = x, for an offer that is in the model already."""
         for tensor, part in self._pairs(posted):
             if tensor.dtype in WIDE:
@@ -91,7 +92,7 @@ class Tensors:
                 part.add_(_progress(tensor, part))
 
     @torch.no_grad()
-    def merge(self, posted: torch.Tensor, offered: torch.Tensor) -> None:
+    def merge(self, posted: Floats, offered: Floats) -> None:
         """x += offered - posted; posted = x."""
         for (tensor, last), (_, offer) in zip(
             self._pairs(posted), self._pairs(offered), strict=True
@@ -114,7 +115,8 @@ class Tensors:
         for tensor, copy in zip(self._tensors.values(), copies, strict=True):
             tensor.copy_(copy)
 
-    def _pairs(self, flat: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        flat = torch.from_numpy(buffer)
         pairs, start = [], 0
         for tensor in self._tensors.values():
             end = start + tensor.numel()

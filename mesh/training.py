@@ -25,20 +25,17 @@ from typing import Any, Final, Self
 
 import torch
 
-from mesh.client import LocalSocket, ask, node_of_state
+from mesh.client import ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
-from mesh.launch import NodeProcess, start_node
+from mesh.launch import NodeProcess, make_mesh_if_none, start_node
+from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
-from mesh.shared import HandOverMemory
 from mesh.tensors import Tensors
 
 logger = logging.getLogger("mesh")
 
 BEGIN_S: Final = 3600.0
 """A newcomer on slow Wi-Fi may take this long to get a large model; it is told of every minute."""
-
-LOCAL_S: Final = 2.0
-"""A node on the same machine answers in a millisecond; beyond this it is stopped."""
 
 EVALUATION_S: Final = 2.0
 """averaged() waits this long for one exchange, so that what is evaluated is the mesh's."""
@@ -138,55 +135,6 @@ def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | 
         )
 
 
-class _Session:
-    """One attachment to a node: the local socket, the shared buffers, whose turn it is."""
-
-    def __init__(self, link: LocalSocket, memory: HandOverMemory) -> None:
-        self.link = link
-        self.memory = memory
-        self.posted = torch.from_numpy(memory.posted)
-        self.offered = torch.from_numpy(memory.offered)
-        self.holding = True
-        """the buffers are ours: from an offer to the next post"""
-        self.fresh = False
-        """the offer in hand is not in the model yet"""
-        self.wanted = False
-
-    def take_events(self, timeout_s: float) -> bool:
-        """Reads what the node said; waits at most timeout_s for an offer. True if one is in hand."""
-        deadline = time.monotonic() + timeout_s
-        while not self.holding:
-            left = max(0.0, deadline - time.monotonic())
-            event = self.link.receive(left)
-            if event is None:
-                break
-            match event.get("event"):
-                case "offered":
-                    self.holding, self.fresh, self.wanted = True, True, False
-                case "diverged":
-                    logger.warning(
-                        "the weights are not finite at step %s: they are not shared; lower the "
-                        "learning rate",
-                        event.get("step"),
-                    )
-        return self.holding
-
-    def want(self) -> None:
-        """Asks for an offer, once."""
-        if not self.holding and not self.wanted:
-            self.link.send(op="want")
-            self.wanted = True
-
-    def post(self, **figures: Any) -> None:
-        self.link.send(op="post", **figures)
-        self.holding = self.fresh = False
-        self.wanted = figures.get("want") is True
-
-    def close(self) -> None:
-        self.link.close()
-        self.memory.close()
-
-
 class JoinedNode:
     """What join() returns: this training's place in the mesh. One thread at a time may use it."""
 
@@ -206,7 +154,7 @@ class JoinedNode:
         self._patience = patience
         self._request = request
         self._process: NodeProcess | None = None
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._closed = False
         self._steps = 0
         self._samples = 0
@@ -218,9 +166,10 @@ class JoinedNode:
             try:
                 running = node_of_state(settings.state)
             except NodeNotRunning:
-                self._process = _start(settings)
+                make_mesh_if_none(settings)
+                self._process = start_node(settings)
                 running = self._process.running
-            self._attach(running.control, LOCAL_S, BEGIN_S)
+            self._attach(running.control, BEGIN_S)
         except BaseException:
             self._end_process()
             raise
@@ -337,7 +286,7 @@ class JoinedNode:
 
     # ------------------------------------------------------------------------------- hand-over
 
-    def _boundary(self, session: _Session) -> None:
+    def _boundary(self, session: Session) -> None:
         self._tensors.check()
         if not session.take_events(self._patience):
             session.want()
@@ -346,7 +295,7 @@ class JoinedNode:
         if self._patience and session.take_events(self._patience):
             self._adopt(session)
 
-    def _post(self, session: _Session, *, waits: bool) -> None:
+    def _post(self, session: Session, *, waits: bool) -> None:
         """Brings the offer in hand into the model, and the model's progress into `posted`."""
         if session.fresh:
             self._tensors.merge(session.posted, session.offered)
@@ -361,7 +310,7 @@ class JoinedNode:
             want=not waits and self._every == 1,
         )
 
-    def _adopt(self, session: _Session) -> None:
+    def _adopt(self, session: Session) -> None:
         """An offer arrived before any step was made since the post: it is the model."""
         self._tensors.merge(session.posted, session.offered)
         session.fresh = False
@@ -382,56 +331,19 @@ class JoinedNode:
 
     # ------------------------------------------------------------------------------ attachment
 
-    def _attach(self, control: str, local_s: float, begin_s: float) -> None:
+    def _attach(self, control: str, begin_s: float) -> None:
         """Attaches and waits for the first weights. Raises MeshError."""
-        link = LocalSocket(control, local_s)
-        session: _Session | None = None
         again = self._began is not None
-        try:
-            answer = link.request(
-                local_s, op="attach", started=again, exchanged=again, **self._request
-            )
-            memory = HandOverMemory(link.descriptors.pop(), int(answer["entries"]))
-            session = _Session(link, memory)
-            self._tensors.fill(session.posted)
-            link.send(op="begin")
-            session.holding = False
-            began = self._wait_for_begun(link, begin_s)
-            session.holding = True
-            if began == "donor":
-                self._tensors.load(session.offered)
-            session.posted.copy_(session.offered)
-        except BaseException:
-            if session is not None:
-                session.memory.close()
-            link.close()
-            raise
-        self._session, self._began = session, self._began or began
-
-    def _wait_for_begun(self, link: LocalSocket, begin_s: float) -> str:
-        deadline = time.monotonic() + begin_s
-        while time.monotonic() < deadline:
-            event = link.receive(min(60.0, begin_s))
-            if event is None:
-                logger.warning("still waiting for the first weights of run %r", self.run)
-            elif event.get("event") == "begun":
-                self._say_how(str(event["how"]), event.get("from"))
-                return str(event["how"])
-            elif event.get("event") == "refused":
-                raise UsageError(str(event.get("reason")))
-        raise MeshError(f"no first weights for run {self.run!r} within {begin_s:g} s")
-
-    def _say_how(self, how: str, donor: str | None) -> None:
-        match how:
-            case "alone":
-                logger.warning(
-                    "nobody else trains run %r yet: starting alone; others join by themselves",
-                    self.run,
-                )
-            case "donor":
-                logger.info("run %r begins with the weights of %s", self.run, donor)
-            case _:
-                logger.info("run %r begins (%s)", self.run, how)
+        session, how = Session.attach(
+            control,
+            {**self._request, "started": again, "exchanged": again},
+            self._tensors.fill,
+            begin_s,
+        )
+        if how == "donor":
+            self._tensors.load(session.offered)
+        session.posted[:] = session.offered
+        self._session, self._began = session, self._began or how
 
     @contextlib.contextmanager
     def _or_alone(self) -> Iterator[None]:
@@ -455,7 +367,7 @@ class JoinedNode:
         self._tensors.check()
         try:
             control = node_of_state(self._settings.state).control
-            self._attach(control, LOCAL_S, LOCAL_S)
+            self._attach(control, LOCAL_S)
         except MeshError:
             self._retry_s = min(LAST_RETRY_S, 2 * self._retry_s)
             self._retry_at = time.monotonic() + self._retry_s
@@ -476,8 +388,7 @@ class JoinedNode:
                 with contextlib.suppress(MeshError):
                     if hand_over:
                         self._meet(EVALUATION_S)
-                    self._session.link.send(op="detach")
-                    _wait_for_detached(self._session.link)
+                    self._session.detach()
         finally:
             self._drop_session()
             self._end_process()
@@ -492,21 +403,3 @@ class JoinedNode:
             raise UsageError(
                 f"run {self.run!r} is closed: step() and averaged() belong inside the `with` block"
             )
-
-
-def _wait_for_detached(link: LocalSocket) -> None:
-    deadline = time.monotonic() + LOCAL_S
-    while time.monotonic() < deadline:
-        event = link.receive(LOCAL_S)
-        if event is None or event.get("event") == "detached":
-            return
-
-
-def _start(settings: NodeSettings) -> NodeProcess:
-    """A node for this training's lifetime; makes a mesh first if this machine is in none."""
-    from mesh.identity import create_mesh, is_member
-
-    if not is_member(settings.state):
-        token = create_mesh(settings.state, settings.name)
-        print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
-    return start_node(settings)

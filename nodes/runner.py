@@ -23,9 +23,7 @@ def run(settings: mesh.NodeSettings, script: str, args: list[str]) -> int:
     """Runs a script beside a node, the one that is up or one of its own; returns its exit code."""
     if not Path(script).is_file():
         raise mesh.UsageError(f"no script {script!r} here")
-    if not mesh.is_member(settings.state):
-        token = mesh.create_mesh(settings.state, settings.name)
-        print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
+    mesh.make_mesh_if_none(settings)
     own: mesh.NodeProcess | None = None
     try:
         running = mesh.find_node(str(settings.state))

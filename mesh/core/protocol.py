@@ -8,7 +8,6 @@ both tables agree. A step's trip: Posted -> schedule -> StartExchange -> Exchang
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import assert_never
 
@@ -34,37 +33,9 @@ from mesh.core.messages import (
     State,
     short,
 )
+from mesh.core.statistics import PeerStatistics, ProtocolStatistics
 
 STRANGERS_LIMIT = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerStatistics:
-    """One peer as this node sees it now."""
-
-    node: NodeId
-    name: str
-    state: str
-    """alive, dead, left, or incompatible"""
-    reason: str
-    addresses: tuple[Address, ...]
-    via: str | None
-    rtt_s: float | None
-    silent_for_s: float | None
-    incarnation: int
-    runs: tuple[RunInfo, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProtocolStatistics:
-    """A consistent view of everything the protocol knows."""
-
-    own: Member
-    peers: tuple[PeerStatistics, ...]
-    partners: dict[str, int]
-    """peers that each run can average with now"""
-    unreached: tuple[tuple[Address, str], ...]
-    """peers given by hand that are not connected, and why"""
 
 
 class MeshProtocol:

@@ -1,0 +1,163 @@
+"""The initiator's half of an exchange, over one connection: the hot path.
+
+core/exchange.py counts, replica.py computes. A fragment's trip: _send: w[k] copied into a buffer,
+sent -> the responder answers (responder.py) -> _receive: the delta read into a buffer -> w[k] moves.
+Rules: 1. Fragments go out while deltas come back. 2. Between checking an index and applying its
+numbers nothing waits. 3. No body is read before its length is what our own model says.
+"""
+
+from typing import Final
+
+import trio
+
+from mesh.core.exchange import Initiation, share
+from mesh.core.messages import (
+    Delta,
+    ExchangeOpened,
+    ExchangeRefused,
+    FinishExchange,
+    Fragment,
+    OpenExchange,
+    Refusal,
+    RunInfo,
+)
+from mesh.errors import MeshError, RemoteProtocolError, StreamLost
+from mesh.frames import FrameReader, send_frame
+from mesh.net.transport import Stream
+from mesh.runs import Run
+
+STALL_S: Final = 10.0
+"""An exchange without a byte for this long counts as a lost connection."""
+
+
+class Refused(MeshError):
+    """The responder said no; the connection is still good."""
+
+    def __init__(self, message: ExchangeRefused) -> None:
+        super().__init__(message.reason)
+        self.unknown = message.unknown
+
+
+class Conversation:
+    """One exchange, from where it stands, over one connection that nobody else uses meanwhile."""
+
+    def __init__(self, run: Run, record: Initiation, stream: Stream, reader: FrameReader) -> None:
+        self._run = run
+        self._record = record
+        self._stream = stream
+        self._reader = reader
+        self._room = trio.Event()
+        self._stopped = False
+
+    async def hold(self, info: RunInfo) -> None:
+        """Until both sides have every delta. Raises Refused, NotFinite, RemoteProtocolError or
+        StreamLost; the record says how far it came."""
+        record, received = self._record, self._reader.received_bytes
+        try:
+            await self._say(
+                OpenExchange(
+                    exchange=record.exchange,
+                    run=info.run,
+                    schema=info.schema,
+                    weight=self._run.spec.weight,
+                    start=record.applied,
+                    pull=record.pull,
+                    started=info.started,
+                    exchanged=info.exchanged,
+                )
+            )
+            if record.fragments == 1:
+                # Small models: one packet each way, no second task.
+                await self._send()
+                await self._receive()
+            else:
+                await self._both_ways()
+            await self._say(FinishExchange(exchange=record.exchange))
+        finally:
+            self._run.counters.bytes_received += self._reader.received_bytes - received
+
+    async def _say(
+        self, message: OpenExchange | Fragment | FinishExchange, body: memoryview | bytes = b""
+    ) -> None:
+        self._run.counters.bytes_sent += await send_frame(self._stream, message, body)
+
+    async def _both_ways(self) -> None:
+        failure: MeshError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_until_lost)
+            try:
+                await self._receive()
+            except MeshError as error:
+                failure = error
+            self._stopped = True
+            self._room.set()
+            if not isinstance(failure, Refused):
+                # After a refusal the frame in hand is finished: the connection stays in step.
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _send_until_lost(self) -> None:
+        try:
+            await self._send()
+        except StreamLost:
+            await self._stream.aclose()  # which _receive() then reports
+
+    async def _send(self) -> None:
+        run, record = self._run, self._record
+        buffer = run.buffers.take()
+        try:
+            while record.sent < record.fragments and not self._stopped:
+                index = record.next_to_send()
+                if index is None:
+                    self._room = trio.Event()
+                    await self._room.wait()
+                    continue
+                body = memoryview(b"")
+                if not record.pull:
+                    body = buffer[: run.replica.body_bytes(index)]
+                    run.replica.write(index, body)
+                record.fragment_sent()
+                await self._say(
+                    Fragment(exchange=record.exchange, index=index, received=record.applied), body
+                )
+        finally:
+            run.buffers.give(buffer)
+
+    async def _receive(self) -> None:
+        record = self._record
+        weight: float | None = None
+        buffer = self._run.buffers.take()
+        try:
+            while not record.done:
+                message, length = await self._reader.message(timeout_s=STALL_S, bodies=True)
+                if getattr(message, "exchange", record.exchange) != record.exchange:
+                    raise RemoteProtocolError("an answer to another exchange")
+                match message:
+                    case ExchangeOpened() if not length and weight is None:
+                        weight = message.weight
+                        if not record.pull and weight + self._run.spec.weight <= 0:
+                            raise RemoteProtocolError("two replicas of weight 0")
+                    case Delta() if weight is not None and message.index < record.fragments:
+                        if length != self._run.replica.body_bytes(message.index):
+                            raise RemoteProtocolError(f"a delta of {length} bytes")
+                        await self._reader.body(buffer[:length], timeout_s=STALL_S)
+                        self._apply(message, buffer[:length], weight)
+                    case ExchangeRefused() if not length:
+                        raise Refused(message)
+                    case Refusal() if not length:
+                        raise StreamLost(f"refused: {message.reason}")
+                    case _:
+                        raise RemoteProtocolError(f"{type(message).__name__} as an answer")
+        finally:
+            self._run.buffers.give(buffer)
+
+    def _apply(self, message: Delta, body: memoryview, weight: float) -> None:
+        record, replica = self._record, self._run.replica
+        record.delta_arrived(message.index)
+        if record.pull:
+            record.square_distance += replica.take(message.index, body)
+        else:
+            step = share(weight, self._run.spec.weight, halved=message.halved)
+            record.square_distance += replica.apply(message.index, body, step)
+        self._room.set()

@@ -1,0 +1,34 @@
+"""What a protocol knows, frozen: the answer to every question about a node's mesh."""
+
+from dataclasses import dataclass
+
+from mesh.core.messages import Address, Member, NodeId, RunInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatistics:
+    """One peer as this node sees it now."""
+
+    node: NodeId
+    name: str
+    state: str
+    """alive, dead, left, or incompatible"""
+    reason: str
+    addresses: tuple[Address, ...]
+    via: str | None
+    rtt_s: float | None
+    silent_for_s: float | None
+    incarnation: int
+    runs: tuple[RunInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtocolStatistics:
+    """A consistent view of everything the protocol knows."""
+
+    own: Member
+    peers: tuple[PeerStatistics, ...]
+    partners: dict[str, int]
+    """peers that each run can average with now"""
+    unreached: tuple[tuple[Address, str], ...]
+    """peers given by hand that are not connected, and why"""

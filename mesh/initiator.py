@@ -1,0 +1,171 @@
+"""Exchanges that this node begins: connections, attempts, what is kept for later.
+
+A trip: StartExchange -> initiate() -> a bulk connection, kept from the last time or new ->
+conversation.py -> ExchangeEnded. A broken connection is dialled again and the exchange resumed; if
+the peer stays away, what is in doubt is kept and finished with it when it is back.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final
+
+import trio
+
+from mesh.conversation import Conversation, Refused
+from mesh.core import events as ev
+from mesh.core.exchange import Initiation
+from mesh.core.messages import Address, NodeId, RunInfo
+from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
+from mesh.frames import FrameReader
+from mesh.net.transport import Stream
+from mesh.runs import Run
+
+ATTEMPTS: Final = 3
+"""Connections that may break in a row without one delta, before others get their turn."""
+
+RETRY_S: Final = 0.2
+
+Connect = Callable[[NodeId, tuple[Address, ...]], Awaitable[Stream]]
+Emit = Callable[[ev.Event], Awaitable[None]]
+
+
+class Initiator:
+    """Begins the exchanges of one node."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        *,
+        connect: Connect,
+        emit: Emit,
+        info_of: Callable[[str], RunInfo | None],
+        refused: Callable[[str], None],
+    ) -> None:
+        """`connect` opens a greeted bulk connection; `info_of` is what this node says of its runs;
+        `refused` counts what peers did wrong."""
+        self._runs = runs
+        self._connect = connect
+        self._emit = emit
+        self._info_of = info_of
+        self._refused = refused
+        self._idle: dict[NodeId, tuple[Stream, FrameReader]] = {}
+
+    async def initiate(self, start: ev.StartExchange) -> None:
+        """Performs one StartExchange and reports its ExchangeEnded."""
+        run = self._runs.get(start.run)
+        if run is None:
+            return
+        began = trio.current_time()
+        record = self._record(run, start)
+        run.current = record
+        try:
+            outcome, reason = await self._drive(run, record, start.addresses)
+        finally:
+            run.current = None
+        self._count(run, record, outcome)
+        if self._runs.get(start.run) is run:
+            await self._emit(
+                ev.ExchangeEnded(
+                    run=start.run,
+                    peer=start.peer,
+                    pull=start.pull,
+                    outcome=outcome,
+                    reason=reason,
+                    duration_s=trio.current_time() - began,
+                    square_distance=record.square_distance,
+                    square_norm=run.replica.square_norm(),
+                )
+            )
+
+    async def close(self) -> None:
+        """Ends the idle connections."""
+        for stream, _ in self._idle.values():
+            await stream.aclose()
+        self._idle.clear()
+
+    def _record(self, run: Run, start: ev.StartExchange) -> Initiation:
+        """The unfinished exchange with this peer, or a new one."""
+        unfinished = None if start.pull else run.unfinished.pop(start.peer, None)
+        if unfinished is not None:
+            run.counters.resumed += 1
+            return unfinished
+        return Initiation(
+            exchange=start.exchange,
+            peer=start.peer,
+            fragments=run.replica.fragments,
+            pull=start.pull,
+        )
+
+    def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:
+        match outcome:
+            case ev.Outcome.COMPLETED:
+                run.counters.completed += 1
+                run.counters.pulled += record.pull
+                run.exchanged_at, run.last_peer = trio.current_time(), record.peer
+                if not record.pull:
+                    run.distances.append(record.square_distance)
+            case ev.Outcome.REFUSED:
+                run.counters.refused += 1
+            case ev.Outcome.INTERRUPTED:
+                run.unfinished[record.peer] = record
+                run.counters.failed += 1
+            case ev.Outcome.ABANDONED:
+                run.counters.failed += 1
+
+    async def _drive(
+        self, run: Run, record: Initiation, addresses: tuple[Address, ...]
+    ) -> tuple[ev.Outcome, str]:
+        """Connections, one after the other, until the exchange is over."""
+        reason, attempts = "", 0
+        while attempts < ATTEMPTS:
+            info = self._info_of(run.name)
+            if info is None or self._runs.get(run.name) is not run:
+                return ev.Outcome.ABANDONED, "the run ended here"
+            applied = record.applied
+            try:
+                async with self._stream_to(record.peer, addresses) as (stream, reader):
+                    await Conversation(run, record, stream, reader).hold(info)
+                return ev.Outcome.COMPLETED, ""
+            except Refused as refusal:
+                outcome = ev.Outcome.ABANDONED if refusal.unknown else ev.Outcome.REFUSED
+                return outcome, str(refusal)
+            except NotFinite as error:
+                run.counters.non_finite += 1
+                return ev.Outcome.ABANDONED, str(error)
+            except RemoteProtocolError as error:
+                self._refused("protocol")
+                return ev.Outcome.ABANDONED, str(error)
+            except StreamLost as error:
+                reason = str(error)
+                run.counters.resumed += bool(record.sent_once)
+                record.connection_lost()
+                attempts = 1 if record.applied > applied else attempts + 1
+                # A connection that idled may be gone: the first new one is dialled at once.
+                await trio.sleep(RETRY_S * (attempts - 1))
+        return (ev.Outcome.INTERRUPTED if record.in_doubt else ev.Outcome.ABANDONED), reason
+
+    @contextlib.asynccontextmanager
+    async def _stream_to(
+        self, peer: NodeId, addresses: tuple[Address, ...]
+    ) -> AsyncIterator[tuple[Stream, FrameReader]]:
+        """A bulk connection for one conversation; kept for the next unless this one broke it."""
+        pooled = self._idle.pop(peer, None)
+        if pooled is None:
+            stream = await self._connect(peer, addresses)
+            pooled = stream, FrameReader(stream)
+        try:
+            yield pooled
+        except Refused:
+            await self._keep(peer, pooled)
+            raise
+        except BaseException:
+            await pooled[0].aclose()
+            raise
+        await self._keep(peer, pooled)
+
+    async def _keep(self, peer: NodeId, pooled: tuple[Stream, FrameReader]) -> None:
+        """One idle connection per peer; two runs at once may have opened two."""
+        if peer in self._idle:
+            await pooled[0].aclose()
+        else:
+            self._idle[peer] = pooled

@@ -1,0 +1,191 @@
+"""Exchanges that other nodes begin with this one: the other half of the hot path.
+
+A fragment's trip: _answer_fragment: read into a buffer -> _apply: delta = x - w, w moves, the reply
+is kept until it is acknowledged -> the reply is sent. Rules: 1. Each (exchange, fragment) is applied
+once; asked again, the kept reply goes out again. 2. Nothing waits between looking up a fragment and
+applying it. 3. What is not finite is refused before it touches anything.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from mesh.core import events as ev
+from mesh.core.exchange import share
+from mesh.core.messages import (
+    Delta,
+    ExchangeOpened,
+    ExchangeRefused,
+    FinishExchange,
+    Fragment,
+    NodeId,
+    OpenExchange,
+    Refusal,
+    RunInfo,
+)
+from mesh.core.schedule import Relation, relation
+from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
+from mesh.frames import FrameReader, send_frame
+from mesh.net.transport import Stream
+from mesh.runs import KeptReply, Run
+
+STALL_S: Final = 10.0
+"""A fragment that stops half-way for this long is a lost connection."""
+
+IDLE_S: Final = 120.0
+"""A bulk connection that carries nothing is closed after this; the initiator dials anew."""
+
+CONNECTIONS_LIMIT: Final = 64
+"""Bulk connections answered at once; each holds one header buffer and one fragment."""
+
+
+class Responder:
+    """Answers the exchanges of one node."""
+
+    def __init__(
+        self,
+        me: NodeId,
+        runs: Mapping[str, Run],
+        *,
+        emit: Callable[[ev.Event], Awaitable[None]],
+        info_of: Callable[[str], RunInfo | None],
+        refused: Callable[[str], None],
+    ) -> None:
+        """`info_of` is what this node says of its runs; `refused` counts what peers did wrong."""
+        self._me = me
+        self._runs = runs
+        self._emit = emit
+        self._info_of = info_of
+        self._refused = refused
+        self._answering = 0
+
+    async def answer(self, stream: Stream) -> None:
+        """Answers one peer's exchanges until its connection ends."""
+        if self._answering >= CONNECTIONS_LIMIT:
+            await send_frame(stream, Refusal(reason="too many bulk connections"))
+            return
+        self._answering += 1
+        try:
+            await self._answer(stream)
+        finally:
+            self._answering -= 1
+
+    async def _answer(self, stream: Stream) -> None:
+        reader = FrameReader(stream)
+        opened: tuple[Run, OpenExchange] | None = None
+        refused: int | None = None
+        while True:
+            message, length = await reader.message(timeout_s=IDLE_S, bodies=True)
+            match message:
+                case OpenExchange() if not length:
+                    run, reply = self._open(stream.peer, message)
+                    opened = (run, message) if run else None
+                    refused = None if run else message.exchange
+                    if run and message.pull:
+                        await self._emit(ev.WeightsServed(run=run.name))
+                    await send_frame(stream, reply)
+                case Fragment() if message.exchange == refused:
+                    # Sent before our refusal arrived.
+                    await reader.drop_body(length, timeout_s=STALL_S)
+                case Fragment() if opened and message.exchange == opened[1].exchange:
+                    if self._runs.get(opened[0].name) is not opened[0]:
+                        raise StreamLost("the run ended here")
+                    await self._answer_fragment(stream, reader, *opened, message, length)
+                case FinishExchange() if opened and message.exchange == opened[1].exchange:
+                    if not opened[1].pull:
+                        opened[0].responses.finish(stream.peer, message.exchange)
+                        opened[0].counters.answered += 1
+                    opened = None
+                case FinishExchange() if not length:
+                    pass
+                case Refusal():
+                    return
+                case _:
+                    raise RemoteProtocolError(f"{type(message).__name__} out of turn")
+
+    def _open(
+        self, peer: NodeId, message: OpenExchange
+    ) -> tuple[Run | None, ExchangeOpened | ExchangeRefused]:
+        reason = self._objection(peer, message)
+        if reason is None:
+            run = self._runs[message.run]
+            return run, ExchangeOpened(exchange=message.exchange, weight=run.spec.weight)
+        unknown = message.start > 0
+        return None, ExchangeRefused(exchange=message.exchange, reason=reason, unknown=unknown)
+
+    def _objection(self, peer: NodeId, message: OpenExchange) -> str | None:
+        run, info = self._runs.get(message.run), self._info_of(message.run)
+        if run is None or info is None:
+            return "this run is not trained here"
+        if message.schema != info.schema:
+            self._refused("schema")
+            return "schema differs"
+        if not info.started:
+            return "no weights here yet"
+        if message.pull:
+            return "taking weights itself" if run.current and run.current.pull else None
+        if message.weight + run.spec.weight <= 0:
+            return "two replicas of weight 0"
+        theirs = RunInfo(
+            run=message.run,
+            schema=message.schema,
+            started=message.started,
+            exchanged=message.exchanged,
+        )
+        if relation(info, self._me, theirs, peer) is not Relation.AVERAGE:
+            return "one of the two takes the other's weights first"
+        return run.responses.open(peer, message.exchange, message.start)
+
+    async def _answer_fragment(
+        self,
+        stream: Stream,
+        reader: FrameReader,
+        run: Run,
+        opening: OpenExchange,
+        message: Fragment,
+        length: int,
+    ) -> None:
+        index = message.index
+        if index >= run.replica.fragments:
+            raise RemoteProtocolError(f"fragment {index} of {run.replica.fragments}")
+        expected = 0 if opening.pull else run.replica.body_bytes(index)
+        if length != expected:
+            raise RemoteProtocolError(f"fragment of {length} bytes where {expected} belong")
+        before = reader.received_bytes
+        halved = False
+        scratch = run.buffers.take()
+        try:
+            if opening.pull:
+                reply = scratch[: run.replica.body_bytes(index)]
+                run.replica.write(index, reply)
+            else:
+                await reader.body(scratch[:length], timeout_s=STALL_S)
+                kept, halved = self._apply(stream.peer, run, opening, message, scratch[:length])
+                reply = kept[:length]
+            sent = await send_frame(
+                stream, Delta(exchange=opening.exchange, index=index, halved=halved), reply
+            )
+        finally:
+            run.buffers.give(scratch)
+        run.counters.bytes_sent += sent
+        run.counters.bytes_received += reader.received_bytes - before + length
+
+    def _apply(
+        self, peer: NodeId, run: Run, opening: OpenExchange, message: Fragment, body: memoryview
+    ) -> tuple[memoryview, bool]:
+        """Applies a fragment once, or finds what was answered before. Nothing waits in here."""
+        if self._runs.get(run.name) is not run:
+            raise StreamLost("the run ended here")
+        kept = run.responses.kept(peer, opening.exchange, message.index, message.received)
+        if kept is not None:
+            return kept.buffer, kept.halved
+        halved = run.crosses(message.index)
+        step = share(opening.weight, run.spec.weight, halved=halved)
+        reply = run.buffers.take()
+        try:
+            run.replica.answer(message.index, body, step, reply[: len(body)])
+        except NotFinite:
+            run.buffers.give(reply)
+            run.counters.non_finite += 1
+            raise
+        run.responses.applied(peer, opening.exchange, message.index, KeptReply(reply, halved))
+        return reply, halved

@@ -1,0 +1,135 @@
+"""One attachment of a training to its node: the local socket, the shared buffers, whose turn it is.
+
+The training holds both buffers from "begun" or "offered" to its next "post"; the node holds them in
+between (replica.HandOver is its side of the same rule).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final, Self
+
+from mesh.client import LocalSocket
+from mesh.codec import Floats
+from mesh.errors import MeshError, UsageError
+from mesh.shared import HandOverMemory
+
+logger = logging.getLogger("mesh")
+
+LOCAL_S: Final = 2.0
+"""A node on the same machine answers in a millisecond; beyond this it is stopped."""
+
+REPORT_S: Final = 60.0
+"""A newcomer on slow Wi-Fi hears this often that its first weights are still on their way."""
+
+
+class Session:
+    """Lives from an accepted attach to close(). Every method may raise NodeNotRunning."""
+
+    def __init__(self, link: LocalSocket, memory: HandOverMemory) -> None:
+        self.link = link
+        self.posted = memory.posted
+        self.offered = memory.offered
+        self._memory = memory
+        self.holding = True
+        """the buffers are ours: from an offer to the next post"""
+        self.fresh = False
+        """the offer in hand is not in the model yet"""
+        self._wanted = False
+
+    @classmethod
+    def attach(
+        cls,
+        control: str,
+        request: dict[str, Any],
+        fill: Callable[[Floats], None],
+        begin_s: float,
+    ) -> tuple[Self, str]:
+        """Attaches to the node at `control`; waits at most begin_s for the run's first weights.
+
+        `fill` writes the training's own weights. Returns the session, with the first weights in
+        `offered`, and how they came: alone, first, donor or again. Raises MeshError.
+        """
+        link = LocalSocket(control, LOCAL_S)
+        session: Self | None = None
+        try:
+            answer = link.request(LOCAL_S, op="attach", **request)
+            memory = HandOverMemory(link.descriptors.pop(), int(answer["entries"]))
+            session = cls(link, memory)
+            fill(session.posted)
+            link.send(op="begin")
+            return session, session._wait_for_begun(str(request["run"]), begin_s)
+        except BaseException:
+            if session is not None:
+                session.close()
+            link.close()
+            raise
+
+    def _wait_for_begun(self, run: str, begin_s: float) -> str:
+        deadline = time.monotonic() + begin_s
+        while time.monotonic() < deadline:
+            event = self.link.receive(min(REPORT_S, begin_s)) or {}
+            match event.get("event"):
+                case None:
+                    logger.warning("still waiting for the first weights of run %r", run)
+                case "begun":
+                    _say_how(run, str(event["how"]), event.get("from"))
+                    return str(event["how"])
+                case "refused":
+                    raise UsageError(str(event.get("reason")))
+        raise MeshError(f"no first weights for run {run!r} within {begin_s:g} s")
+
+    def take_events(self, timeout_s: float) -> bool:
+        """Reads what the node said; waits at most timeout_s for an offer. True if one is in hand."""
+        deadline = time.monotonic() + timeout_s
+        while not self.holding:
+            event = self.link.receive(max(0.0, deadline - time.monotonic()))
+            if event is None:
+                break
+            match event.get("event"):
+                case "offered":
+                    self.holding, self.fresh, self._wanted = True, True, False
+                case "diverged":
+                    logger.warning(
+                        "the weights are not finite at step %s: they are not shared; "
+                        "lower the learning rate",
+                        event.get("step"),
+                    )
+        return self.holding
+
+    def want(self) -> None:
+        """Asks for an offer, once."""
+        if not self.holding and not self._wanted:
+            self.link.send(op="want")
+            self._wanted = True
+
+    def post(self, *, want: bool, **figures: Any) -> None:
+        """The buffers go to the node; `want` asks for them back at once."""
+        self.holding = self.fresh = False
+        self._wanted = want
+        self.link.send(op="post", want=want, **figures)
+
+    def detach(self) -> None:
+        """Ends the attachment politely; waits until the node has dropped the run."""
+        self.link.send(op="detach")
+        deadline = time.monotonic() + LOCAL_S
+        while time.monotonic() < deadline:
+            event = self.link.receive(LOCAL_S)
+            if event is None or event.get("event") == "detached":
+                break
+
+    def close(self) -> None:
+        self.link.close()
+        self._memory.close()
+
+
+def _say_how(run: str, how: str, donor: str | None) -> None:
+    match how:
+        case "alone":
+            logger.warning(
+                "nobody else trains run %r yet: starting alone; others join by themselves", run
+            )
+        case "donor":
+            logger.info("run %r begins with the weights of %s", run, donor)
+        case _:
+            logger.info("run %r begins (%s)", run, how)
