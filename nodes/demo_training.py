@@ -7,10 +7,12 @@ standard input (`go`, `finish`, `bye`; its end means the demo is gone), results 
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -78,12 +80,21 @@ def _commands() -> "queue.Queue[str]":
     found: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
+        command = ""
         for line in sys.stdin:
-            found.put(line.strip())
-        os._exit(1)  # the demo is gone; the node follows this process
+            command = line.strip()
+            found.put(command)
+        if command != "bye":
+            os.kill(os.getpid(), signal.SIGTERM)  # the demo is gone
 
     threading.Thread(target=read, daemon=True).start()
     return found
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends through the `with`, so that the node ends first; once is enough."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _batches(data: Data, generator: torch.Generator) -> Iterator[Data]:
@@ -94,6 +105,7 @@ def _batches(data: Data, generator: torch.Generator) -> Iterator[Data]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, _leave)
     about = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     torch.manual_seed(about["index"])  # different first weights on purpose: the mesh agrees on some
