@@ -180,6 +180,9 @@ class Control:
                         await self._post(run, request)
                     case "want":
                         run.offer()
+                    case "meet":
+                        run.take_back()
+                        await self._node.posted(run, waits=True)
                     case "detach":
                         return True
                     case _:

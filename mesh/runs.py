@@ -87,6 +87,7 @@ class Run:
     how: Beginning | None = None
     ours: bool = True
     """whose turn the hand-over buffers are: the node's, or the training's"""
+    meets: int = 0
     exchanged_at: float | None = None
     last_peer: NodeId | None = None
 
@@ -111,13 +112,21 @@ class Run:
             self.counters.non_finite += 1
             self.tell({"event": "diverged", "step": step})
 
+    def take_back(self) -> None:
+        """The training gives an offer back unused, to get a newer one: nothing is merged.
+
+        An offer that crosses this on its way is void: offers carry how often this was asked.
+        """
+        self.ours = True
+        self.meets += 1
+
     def offer(self) -> None:
         """The replica as it is now, for the training's next step; nothing if it has an offer."""
         if not self.ours:
             return
         self.ours = False
         self.hand_over.offer()
-        self.tell({"event": "offered"})
+        self.tell({"event": "offered", "meets": self.meets})
 
     def crosses(self, index: int) -> bool:
         """Whether our own request for this fragment is in flight: then both sides take half."""

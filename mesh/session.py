@@ -36,6 +36,7 @@ class Session:
         self.fresh = False
         """the offer in hand is not in the model yet"""
         self._wanted = False
+        self._meets = 0
 
     @classmethod
     def attach(
@@ -87,7 +88,7 @@ class Session:
             if event is None:
                 break
             match event.get("event"):
-                case "offered":
+                case "offered" if event["meets"] == self._meets:
                     self.holding, self.fresh, self._wanted = True, True, False
                 case "diverged":
                     logger.warning(
@@ -102,6 +103,12 @@ class Session:
         if not self.holding and not self._wanted:
             self.link.send(op="want")
             self._wanted = True
+
+    def meet(self) -> None:
+        """Gives an offer in hand back unused, and asks for one after the next exchange."""
+        self.holding = self.fresh = False
+        self._meets += 1
+        self.link.send(op="meet")
 
     def post(self, *, want: bool, **figures: Any) -> None:
         """The buffers go to the node; `want` asks for them back at once."""

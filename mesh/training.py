@@ -38,7 +38,7 @@ BEGIN_S: Final = 3600.0
 """A newcomer on slow Wi-Fi may take this long to get a large model; it is told of every minute."""
 
 EVALUATION_S: Final = 2.0
-"""averaged() waits this long for one exchange, so that what is evaluated is the mesh's."""
+"""averaged() and close() wait this long for one exchange, so that what counts is the mesh's."""
 
 FIRST_RETRY_S: Final = 1.0
 LAST_RETRY_S: Final = 30.0
@@ -205,16 +205,18 @@ class JoinedNode:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the model holds the mesh's weights; after it, the training's again.
+        """Within the block the model holds the mesh's weights; after it, exactly the training's.
 
             with node.averaged():
                 evaluate(model)        # or save it
 
-        Hands over first and waits for one exchange, at most 2 s. Do not train inside.
+        Waits for one exchange, at most 2 s; not at all where there is nobody to average with. What
+        was learned since the last hand-over is not in it. Do not train inside.
         """
         self._check_open()
+        self._tensors.check()
         with self._or_alone():
-            self._meet(EVALUATION_S)
+            self._meet()
         session = self._session
         if session is None:
             yield  # alone: the training's own weights are all there is
@@ -315,19 +317,25 @@ class JoinedNode:
         self._tensors.merge(session.posted, session.offered)
         session.fresh = False
 
-    def _meet(self, timeout_s: float) -> None:
-        """Hands over, waits for one exchange, and leaves a fresh offer in hand."""
-        session = self._session
-        if session is None:
-            return
+    def _meet(self) -> None:
+        """Waits for one exchange and an offer of its result, which stays in hand."""
+        if self._session is not None:
+            self._session.meet()
+            self._wait_for_offer(self._session)
+
+    def _hand_over_last(self, session: Session) -> None:
+        """The last progress, and one exchange that carries it to a peer."""
         self._tensors.check()
         session.want()
         if session.take_events(LOCAL_S):
             self._post(session, waits=True)
-            if not session.take_events(timeout_s):
-                session.want()
-        if not session.take_events(LOCAL_S):
-            raise NodeNotRunning("the node does not answer")
+            self._wait_for_offer(session)
+
+    def _wait_for_offer(self, session: Session) -> None:
+        if not session.take_events(EVALUATION_S):
+            session.want()
+            if not session.take_events(LOCAL_S):
+                raise NodeNotRunning("the node does not answer")
 
     # ------------------------------------------------------------------------------ attachment
 
@@ -387,7 +395,7 @@ class JoinedNode:
             if self._session is not None:
                 with contextlib.suppress(MeshError):
                     if hand_over:
-                        self._meet(EVALUATION_S)
+                        self._hand_over_last(self._session)
                     self._session.detach()
         finally:
             self._drop_session()
