@@ -34,6 +34,9 @@ LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 EVENTS_LIMIT: Final = 1024
 EXITS_KEPT: Final = 16
 CONNECTIONS_LIMIT: Final = 64
+MODEL_LIMIT_ENTRIES: Final = 2**33
+"""32 GiB a replica: beyond what a machine that averages over its LAN holds four times."""
+
 DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 
 Request = dict[str, Any]
@@ -146,7 +149,7 @@ class Control:
                 return
             try:
                 run = await self._node.attach(spec, memory.posted, memory.offered, tell)
-            except MeshError as error:
+            except (MeshError, MemoryError) as error:
                 await lines.send({"event": "refused", "reason": str(error)})
                 return
             async with trio.open_nursery() as nursery:
@@ -193,9 +196,10 @@ class Control:
 
     async def _post(self, run: Run, request: Request) -> None:
         loss = request.get("loss")
+        known = isinstance(loss, (int, float)) and abs(loss) < 1e300  # neither NaN nor infinite
         run.post(
             step=_whole(request, "step"),
-            loss=float(loss) if isinstance(loss, (int, float)) else None,
+            loss=float(loss) if known else None,
             samples=_whole(request, "samples"),
         )
         if request.get("want") is True:
@@ -288,9 +292,12 @@ def _spec(request: Request) -> RunSpec:
         raise UsageError("run= is a name of 1..64 printable characters")
     if not isinstance(schema, list) or not 0 < len(schema) <= ENTRIES_LIMIT:
         raise UsageError(f"a model has 1..{ENTRIES_LIMIT} tensors")
+    entries = tuple(_entry(item) for item in schema)
+    if not 0 < sum(math.prod(entry.shape) for entry in entries) <= MODEL_LIMIT_ENTRIES:
+        raise UsageError(f"a model has 1..{MODEL_LIMIT_ENTRIES:,} numbers")
     return RunSpec(
         run=name,
-        entries=tuple(_entry(item) for item in schema),
+        entries=entries,
         weight=_real(request, "weight", 0.0, 1e12),
         every=_whole(request, "every", low=1),
         sync_timeout_s=_real(request, "sync_timeout_s", 0.0, 86400.0),

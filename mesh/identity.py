@@ -9,7 +9,6 @@ strictly, then the id is compared with the key that signed the handshake. 4. All
 """
 
 import base64
-import binascii
 import datetime
 import hashlib
 import hmac
@@ -20,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mesh.core.messages import NodeId
-from mesh.errors import IdentityError, UsageError
+from mesh.errors import IdentityError, MeshError, UsageError
 from mesh.settings import check_name, default_name
 from mesh.storage import private_directory, write_whole
 
@@ -45,6 +45,9 @@ VALID_FROM = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 VALID_UNTIL = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
 """Fixed and long: expiry is by leaving or by a new mesh, never by a clock that may be wrong."""
 
+UNREADABLE = (ValueError, TypeError, RecursionError, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What json and cryptography raise for a file that is damaged, or of a kind that is unknown here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
@@ -62,16 +65,22 @@ class Identity:
         return hmac.new(self.beacon_key, instance.encode(), hashlib.sha256).hexdigest()[:16]
 
     def context(self, *, server: bool) -> ssl.SSLContext:
-        """TLS for one side: this node's certificate, the mesh's authority, nothing else."""
+        """TLS for one side: this node's certificate, the mesh's authority, nothing else.
+
+        Raises IdentityError if one of them is damaged.
+        """
         side = ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
         context = ssl.SSLContext(side)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False  # there are no host names: node_of() compares the key
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(str(self.state / "ca.pem"))
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         context.verify_flags |= NO_CHECK_TIME
-        context.load_cert_chain(str(self.state / "node.pem"))
+        try:
+            context.load_verify_locations(str(self.state / "ca.pem"))
+            context.load_cert_chain(str(self.state / "node.pem"))
+        except OSError as error:
+            raise _damaged(self.state, error) from None
         context.set_alpn_protocols([ALPN])
         if server:
             context.num_tickets = 0  # no resumption: every connection proves its key again
@@ -80,10 +89,10 @@ class Identity:
 
 def node_of(certificate: bytes) -> NodeId:
     """The node id of a DER certificate whose chain TLS has checked. Raises IdentityError."""
-    key = x509.load_der_x509_certificate(certificate).public_key()
-    if not isinstance(key, Ed25519PublicKey):
-        raise IdentityError("a member's key is Ed25519")
-    return _node_id(key)
+    try:
+        return _node_id(x509.load_der_x509_certificate(certificate).public_key())
+    except UNREADABLE as error:
+        raise IdentityError(f"a certificate that cannot be read: {error}") from None
 
 
 def create_mesh(state: Path, name: str | None = None) -> str:
@@ -97,9 +106,8 @@ def create_mesh(state: Path, name: str | None = None) -> str:
             "`mesh token` prints its token, `mesh leave` leaves it"
         )
     secret = secrets.token_bytes(SECRET_BYTES)
-    _enrol(state, secret, name)
     token = format_token(secret)
-    write_whole(state / "token", token.encode())
+    _enrol(state, secret, name, token)
     return token
 
 
@@ -116,7 +124,7 @@ def join_mesh(state: Path, token: str, name: str | None = None) -> Identity:
                 f"this machine is in mesh {current.mesh}; `mesh leave` leaves it first"
             )
         return rename(state, name) if name else current
-    _enrol(state, secret, name)
+    _enrol(state, secret, name, None)
     return load(state)
 
 
@@ -124,12 +132,19 @@ def read_token(state: Path) -> str:
     """The token, on the machine that made the mesh. Raises IdentityError elsewhere."""
     load(state)
     try:
-        return (state / "token").read_text()
+        token = (state / "token").read_text(errors="replace")
     except OSError:
         raise IdentityError(
             "this machine joined with a token and forgot it, as it should: "
             "run `mesh token` on the machine that made the mesh"
         ) from None
+    try:
+        parse_token(token)
+    except UsageError:
+        raise IdentityError(
+            f"the token in {state} is damaged: its mesh goes on, but nobody can join it any more"
+        ) from None
+    return token
 
 
 def leave_mesh(state: Path) -> str | None:
@@ -137,7 +152,7 @@ def leave_mesh(state: Path) -> str | None:
     if not is_member(state):
         raise IdentityError(f"{state} is in no mesh")
     kept = state / "token"
-    token = kept.read_text() if kept.exists() else None
+    token = kept.read_text(errors="replace") if kept.exists() else None
     for name in ("mesh.json", "ca.pem", "token", "peers.json"):
         (state / name).unlink(missing_ok=True)
     return token
@@ -172,10 +187,14 @@ def load(state: Path) -> Identity:
             beacon_key=bytes.fromhex(about["beacon_key"]),
             state=state,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IdentityError(
-            f"the identity in {state} is damaged ({error}): `mesh leave`, then `mesh join TOKEN`"
-        ) from None
+    except (OSError, KeyError, MeshError, *UNREADABLE) as error:
+        raise _damaged(state, error) from None
+
+
+def _damaged(state: Path, error: Exception) -> IdentityError:
+    return IdentityError(
+        f"the identity in {state} is damaged ({error}): `mesh leave`, then `mesh join TOKEN`"
+    )
 
 
 def format_token(secret: bytes) -> str:
@@ -190,7 +209,7 @@ def parse_token(token: str) -> bytes:
         raise UsageError(f"a token begins with {TOKEN_PREFIX}: copy the whole line of `mesh token`")
     try:
         raw = base64.b32decode(text.removeprefix(TOKEN_PREFIX).upper())
-    except binascii.Error:
+    except ValueError:
         raw = b""
     secret, checksum = raw[:SECRET_BYTES], raw[SECRET_BYTES:]
     if len(raw) != SECRET_BYTES + CHECKSUM_BYTES or not hmac.compare_digest(
@@ -200,7 +219,9 @@ def parse_token(token: str) -> bytes:
     return secret
 
 
-def _enrol(state: Path, secret: bytes, name: str | None) -> None:
+def _enrol(state: Path, secret: bytes, name: str | None, token: str | None) -> None:
+    """Writes this node's papers, and the token where it is to be kept."""
+    called = check_name(name or default_name())
     private_directory(state)
     authority = _authority_key(secret)
     certificate = _authority_certificate(authority)
@@ -214,9 +235,13 @@ def _enrol(state: Path, secret: bytes, name: str | None) -> None:
     write_whole(state / "ca.pem", certificate.public_bytes(pem))
     about = {
         "mesh": _mesh_id(authority),
-        "name": check_name(name or default_name()),
+        "name": called,
         "beacon_key": _derive(secret, b"mdns beacon").hex(),
     }
+    if token is not None:
+        write_whole(state / "token", token.encode())
+    else:
+        (state / "token").unlink(missing_ok=True)  # that of a mesh made and half left before
     # Last: is_member() is true only once everything else is there.
     write_whole(state / "mesh.json", json.dumps(about).encode())
 
@@ -225,7 +250,7 @@ def _node_key(state: Path) -> Ed25519PrivateKey:
     """This machine's key: kept when it changes its mesh, made once."""
     try:
         key = serialization.load_pem_private_key((state / "node.pem").read_bytes(), None)
-    except (OSError, ValueError):
+    except (OSError, *UNREADABLE):
         return Ed25519PrivateKey.generate()
     return key if isinstance(key, Ed25519PrivateKey) else Ed25519PrivateKey.generate()
 

@@ -5,6 +5,7 @@ holder keeps open.
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -57,7 +58,8 @@ def make_mesh_if_none(settings: NodeSettings) -> None:
 def start_node(settings: NodeSettings) -> NodeProcess:
     """Starts a node and waits until it answers. Raises MeshError with what it said if it cannot."""
     log = settings.state / "node.log"
-    with open(log, "wb") as output:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "mesh", settings.to_json()],
             stdin=subprocess.PIPE,

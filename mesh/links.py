@@ -83,8 +83,9 @@ async def greet(stream: Stream, own: Hello) -> Hello:
                 raise RemoteProtocolError("the node id is not that of its certificate")
             return message
         case OtherVersion():
-            reason = version_refusal(message.protocol)
-            await send_frame(stream, Refusal(reason=version_refusal(own.protocol)))
+            reason = version_refusal(message.protocol, own.protocol)
+            told = version_refusal(own.protocol, message.protocol)
+            await send_frame(stream, Refusal(reason=told))
             raise Incompatible(stream.peer, message.name, reason)
         case Refusal():
             raise StreamLost(f"refused: {message.reason}")
@@ -208,7 +209,7 @@ class Links:
         try:
             async for message in take:
                 await send_frame(link.stream, message)
-        except StreamLost as error:
+        except MeshError as error:
             link.reason = link.reason or str(error)
         link.scope.cancel()
 

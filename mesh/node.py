@@ -21,7 +21,15 @@ from mesh.core.averaging import RUNS_LIMIT
 from mesh.core.messages import PROTOCOL, Address, Hello, NodeId, Purpose, Refusal
 from mesh.core.protocol import MeshProtocol, first_row
 from mesh.core.statistics import ProtocolStatistics
-from mesh.errors import ConnectionRefused, MeshError, NotFinite, RemoteProtocolError, UsageError
+from mesh.errors import (
+    ConnectionRefused,
+    IdentityError,
+    MeshError,
+    NotFinite,
+    RemoteProtocolError,
+    StreamLost,
+    UsageError,
+)
 from mesh.frames import send_frame
 from mesh.initiator import Initiator
 from mesh.links import Incompatible, Itself, Links, dial, greet
@@ -331,7 +339,11 @@ class Node:
         )
 
     async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Stream:
-        stream, _ = await dial(self._transport, addresses, self._hello(Purpose.BULK), peer)
+        """Raises StreamLost also where only somebody else answers, or this node itself."""
+        try:
+            stream, _ = await dial(self._transport, addresses, self._hello(Purpose.BULK), peer)
+        except (IdentityError, Incompatible, Itself) as error:
+            raise StreamLost(str(error)) from None
         return stream
 
 

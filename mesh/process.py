@@ -139,6 +139,13 @@ def _make_node(
     discovery = MdnsDiscovery(
         node=identity.node, beacon=identity.beacon, interfaces=settings.interfaces
     )
+
+    def store_incarnation(unused: int) -> None:
+        try:
+            storage.store_incarnation(unused)
+        except MeshError as error:  # a full disk: the mesh knows our incarnation until we restart
+            say(str(error))
+
     given = [("peer", address) for address in settings.peers]
     cached = [("cache", address) for address in storage.peers()]
     node = Node(
@@ -149,7 +156,7 @@ def _make_node(
         discovery=discovery if settings.mdns else None,
         candidates=tuple(given + cached),
         rng=SystemRandom(),
-        store_incarnation=storage.store_incarnation,
+        store_incarnation=store_incarnation,
         note=say,
     )
     refused.append(node.count_refused)

@@ -39,6 +39,7 @@ class Replica:
         self.codec = codec
         self.weights: Floats = np.zeros(entries, dtype=np.float32)
         self.fragments = fragments_of(entries)
+        self._norms = np.zeros(self.fragments, dtype=np.float64)
         largest = min(entries, FRAGMENT_ENTRIES)
         self._difference: Floats = np.empty(largest, dtype=np.float32)
         self._decoded: Floats = np.empty(largest, dtype=np.float32)
@@ -71,7 +72,7 @@ class Replica:
         if not math.isfinite(distance):
             raise NotFinite(f"fragment {index} is not finite, or further than 1e19 away")
         self.codec.encode(difference, reply)
-        self._add(w, self.codec.decode(reply, self._decoded[: len(w)]), share)
+        self._add(index, self.codec.decode(reply, self._decoded[: len(w)]), share)
         return distance
 
     def apply(self, index: int, body: memoryview, share: float) -> float:
@@ -81,7 +82,7 @@ class Replica:
         distance = square_norm(delta)
         if not math.isfinite(distance):
             raise NotFinite(f"delta {index} is not finite, or longer than 1e19")
-        self._add(w, delta, -share)
+        self._add(index, delta, -share)
         return distance
 
     def take(self, index: int, body: memoryview) -> float:
@@ -93,16 +94,38 @@ class Replica:
         difference = np.subtract(given, w, out=self._difference[: len(w)])
         distance = square_norm(difference)
         np.copyto(w, given)
+        self._norms[index] = square_norm(w)
         return distance
 
-    def square_norm(self) -> float:
-        """Sum of squares of all weights: what distances are compared with."""
-        return sum(square_norm(self.weights[self.slice_of(k)]) for k in range(self.fragments))
+    def progress(self, index: int, posted: Floats, offered: Floats) -> bool:
+        """w += posted - offered for one fragment; False, with nothing changed, if not finite."""
+        where = self.slice_of(index)
+        step = self._difference[: where.stop - where.start]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(posted[where], offered[where], out=step)
+        if not math.isfinite(square_norm(step)):
+            return False
+        self._add(index, step, 1.0)
+        return True
 
-    def _add(self, w: Floats, delta: Floats, factor: float) -> None:
-        step = self._difference[: len(w)]
-        np.multiply(delta, np.float32(factor), out=step)
+    def fill(self, values: Floats) -> None:
+        """w = values (entries,). Raises NotFinite, with nothing changed."""
+        norms = [square_norm(values[self.slice_of(k)]) for k in range(self.fragments)]
+        if not math.isfinite(sum(norms)):
+            raise NotFinite("the model's weights are not finite: NaN, infinite, or beyond 1e19")
+        self._norms[:] = norms
+        np.copyto(self.weights, values)
+
+    def square_norm(self) -> float:
+        """Sum of squares of all weights: what distances are compared with. Kept, not computed: a
+        question about a large model must not stall the loop."""
+        return float(self._norms.sum())
+
+    def _add(self, index: int, delta: Floats, factor: float) -> None:
+        w = self.weights[self.slice_of(index)]
+        step = np.multiply(delta, np.float32(factor), out=self._difference[: len(w)])
         np.add(w, step, out=w)
+        self._norms[index] = square_norm(w)
 
 
 class HandOver:
@@ -122,11 +145,7 @@ class HandOver:
 
     def begin(self) -> None:
         """w = the training's first weights. Raises NotFinite."""
-        for index in range(self._replica.fragments):
-            where = self._replica.slice_of(index)
-            if not math.isfinite(square_norm(self._posted[where])):
-                raise NotFinite("the model's weights are not finite: NaN, infinite, or beyond 1e19")
-        np.copyto(self._replica.weights, self._posted)
+        self._replica.fill(self._posted)
         np.copyto(self._offered, self._posted)
 
     def merge(self) -> bool:
@@ -134,17 +153,12 @@ class HandOver:
 
         Fragments whose progress is not finite are left out and counted; False if there were any.
         """
-        refused = self.refused
-        for index in range(self._replica.fragments):
-            where = self._replica.slice_of(index)
-            progress = self._replica._difference[: where.stop - where.start]
-            with np.errstate(over="ignore", invalid="ignore"):
-                np.subtract(self._posted[where], self._offered[where], out=progress)
-            if math.isfinite(square_norm(progress)):
-                self._replica.weights[where] += progress
-            else:
-                self.refused += 1
-        return self.refused == refused
+        refused = sum(
+            not self._replica.progress(index, self._posted, self._offered)
+            for index in range(self._replica.fragments)
+        )
+        self.refused += refused
+        return not refused
 
     def offer(self) -> None:
         """offered = w. Say so to the training right after."""

@@ -8,6 +8,7 @@ damaged file is never fatal where the mesh can tell again what was in it.
     incarnation                       first incarnation that was never used
     peers.json                        addresses of the last peers
     node.json control.sock lock       of the process that runs now
+    node.log                          what it said, where `mesh run` or a training started it
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -78,7 +79,8 @@ class StateDirectory:
 
     def lock(self) -> None:
         """Claims the directory for this process until unlock(). Raises UsageError if it is taken."""
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115 (held until unlock)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock = open(descriptor, "w")  # noqa: SIM115 (held until unlock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

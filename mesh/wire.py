@@ -7,6 +7,7 @@ sized from its own model. 2. Every field is checked by type, range and length. 3
 decode() returns a message or raises RemoteProtocolError, nothing else. 4. MESSAGES is append-only.
 """
 
+import ipaddress
 import math
 import struct
 from collections.abc import Callable
@@ -96,6 +97,17 @@ def _node(value: Any) -> NodeId:
     return NodeId(value)
 
 
+def _host(value: Any) -> str:
+    """A literal address: a peer's row must never make this node look up a name."""
+    if type(value) is not str or len(value) > 64 or not value.isprintable():
+        raise _Invalid("an address")
+    try:
+        ipaddress.ip_address(value.partition("%")[0])
+    except ValueError:
+        raise _Invalid("a literal IP address") from None
+    return value
+
+
 def _many(check: Check, limit: int) -> Check:
     def check_all(value: Any) -> tuple[Any, ...]:
         if type(value) is not list or len(value) > limit:
@@ -123,13 +135,13 @@ _run_name = _text(64)
 _reason = _text(500)
 _name = _text(64)
 
-_address = _record(Address, host=_text(64), port=_whole(1, 65535))
+_address = _record(Address, host=_host, port=_whole(1, 65535))
 _run_info = _record(RunInfo, run=_run_name, schema=_text(16), started=_flag, exchanged=_flag)
 _member = _record(
     Member,
     node=_node,
     name=_name,
-    incarnation=_whole(0, INCARNATION_LIMIT),
+    incarnation=_whole(0, INCARNATION_LIMIT - 1),
     state=lambda value: State(_whole(0, 3)(value)),
     addresses=_many(_address, 16),
     runs=_many(_run_info, 16),

@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     act: Callable[[argparse.Namespace], int] = arguments.act
     try:
-        return act(arguments)
+        code = act(arguments)
+        sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
+        return code
     except mesh.NodeNotRunning as error:
         return _fail(error, EXIT_NO_NODE)
     except mesh.UsageError as error:

@@ -18,19 +18,31 @@ PUSH_PULL_S = 10.0
 """Full-table repair; memberlist has 30 s for WANs and large tables, a LAN's table is a few kB."""
 
 ROWS_PER_MESSAGE = 32
-"""A row is at most about 1.6 kB (16 addresses, 16 runs): 32 stay under the 64 KiB of a frame."""
+PAGE_BYTES = 48 * 1024
+"""What one message may carry of a table, under the 64 KiB of a frame's header. A usual row is 300
+bytes; one of 16 addresses and 16 runs with names of four-byte characters is 10 kB."""
+
+
+def row_bytes(row: Member) -> int:
+    """At least what a row takes on the wire: its text, and 12 bytes beside each piece of it."""
+    texts = [row.node, row.name, *(address.host for address in row.addresses)]
+    for info in row.runs:
+        texts += [info.run, info.schema]
+    return 32 + sum(12 + len(text.encode()) for text in texts)
 
 
 def pages(rows: Sequence[Member], *, reply: bool) -> list[Members]:
     """A table as messages that fit into frames; only the last asks for the table in return."""
-    starts = range(0, max(len(rows), 1), ROWS_PER_MESSAGE)
-    return [
-        Members(
-            members=tuple(rows[start : start + ROWS_PER_MESSAGE]),
-            reply=reply and start == starts[-1],
-        )
-        for start in starts
-    ]
+    found: list[list[Member]] = [[]]
+    room = PAGE_BYTES
+    for row in rows:
+        size = row_bytes(row)
+        if size > room or len(found[-1]) == ROWS_PER_MESSAGE:
+            found.append([])
+            room = PAGE_BYTES
+        found[-1].append(row)
+        room -= size
+    return [Members(members=tuple(page), reply=reply and page is found[-1]) for page in found]
 
 
 class Gossip:

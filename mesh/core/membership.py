@@ -59,7 +59,7 @@ class Membership:
         """Changes this node's own row and raises its incarnation; the caller passes the row on."""
         self._own = replace(
             self._own,
-            incarnation=self._own.incarnation + 1,
+            incarnation=min(self._own.incarnation + 1, INCARNATION_LIMIT - 1),
             addresses=self._own.addresses if addresses is None else addresses,
             runs=self._own.runs if runs is None else runs,
             state=self._own.state if state is None else state,
@@ -103,7 +103,8 @@ class Membership:
     def _refute(self, rumour: Member) -> bool:
         if not supersedes(rumour, self._own):
             return False
-        self._own = replace(self._own, incarnation=rumour.incarnation + 1)
+        raised = min(rumour.incarnation + 1, INCARNATION_LIMIT - 1)
+        self._own = replace(self._own, incarnation=raised)
         return True
 
     def _forget_one(self) -> bool:

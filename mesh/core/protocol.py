@@ -18,7 +18,6 @@ from mesh.core.detector import Detector
 from mesh.core.gossip import Gossip, pages
 from mesh.core.membership import INCARNATION_BLOCK, Membership
 from mesh.core.messages import (
-    PROTOCOL,
     Ack,
     Address,
     ControlMessage,
@@ -36,6 +35,8 @@ from mesh.core.messages import (
 from mesh.core.statistics import PeerStatistics, ProtocolStatistics
 
 STRANGERS_LIMIT = 64
+STRANGER_S = 90.0
+"""Three missed dials after which a node of another version is not listed any more."""
 
 
 class MeshProtocol:
@@ -55,7 +56,7 @@ class MeshProtocol:
             rng=rng,
             publish=lambda runs: self._publish(runs=runs),
         )
-        self._strangers: dict[NodeId, PeerStatistics] = {}
+        self._strangers: dict[NodeId, tuple[PeerStatistics, float]] = {}
         self._ends: dict[NodeId, str] = {}
         self._stored = own.incarnation + INCARNATION_BLOCK
         # Exchange numbers rise for ever: a restart begins above all that the last process used.
@@ -132,7 +133,11 @@ class MeshProtocol:
     def statistics(self, now: float) -> ProtocolStatistics:
         peers = [self._peer_statistics(m, now) for m in self._membership.others.values()]
         known = {peer.node for peer in peers}
-        strangers = [s for node, s in self._strangers.items() if node not in known]
+        strangers = [
+            stranger
+            for node, (stranger, seen_at) in self._strangers.items()
+            if node not in known and now - seen_at < STRANGER_S
+        ]
         return ProtocolStatistics(
             own=self._membership.own,
             peers=tuple(sorted([*peers, *strangers], key=lambda p: (p.name, p.node))),
@@ -159,7 +164,8 @@ class MeshProtocol:
         news = self._membership.merge([event.hello.member])
         self._averaging.peers_changed(now)
         effects += self._send(event.node, *pages(self._membership.rows(), reply=False))
-        effects += self._averaging.ask_about_schemas(self._membership.others[event.node])
+        if event.node in self._membership.others:  # not where the table is full
+            effects += self._averaging.ask_about_schemas(self._membership.others[event.node])
         return effects + self._learned(news, source=event.node, now=now)
 
     def _dial_failed(self, event: ev.DialFailed, now: float) -> list[ev.Effect]:
@@ -182,7 +188,7 @@ class MeshProtocol:
         if event.node not in self._strangers and len(self._strangers) >= STRANGERS_LIMIT:
             return []
         known = event.node in self._strangers
-        self._strangers[event.node] = PeerStatistics(
+        stranger = PeerStatistics(
             node=event.node,
             name=event.name,
             state="incompatible",
@@ -194,6 +200,7 @@ class MeshProtocol:
             incarnation=0,
             runs=(),
         )
+        self._strangers[event.node] = stranger, now
         text = f"{event.name} ({short(event.node)}) is incompatible: {event.reason}"
         return [] if known else [ev.Note(text=text)]
 
@@ -373,6 +380,6 @@ def first_row(node: NodeId, name: str, incarnation: int, addresses: tuple[Addres
     )
 
 
-def version_refusal(theirs: int) -> str:
+def version_refusal(there: int, here: int) -> str:
     """What a peer of another protocol version is told, and listed with."""
-    return f"protocol {theirs} there, {PROTOCOL} here: update the older of the two"
+    return f"protocol {there} there, {here} here: update the older of the two"

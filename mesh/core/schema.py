@@ -6,6 +6,7 @@ here, 12x64 there`. A node that only averages never sends more than the 16 chara
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mesh.core.messages import NodeId, SchemaEntry, SchemaPage, SchemaRequest
@@ -15,6 +16,8 @@ PAGE_ENTRIES = 100
 
 ENTRIES_LIMIT = 65_536
 REASONS_LIMIT = 256
+UNKNOWN = "schema differs"
+""""where" is not known yet"""
 
 
 def digest(entries: tuple[SchemaEntry, ...]) -> str:
@@ -50,26 +53,35 @@ class Schemas:
     def __init__(self) -> None:
         self._own: dict[str, tuple[SchemaEntry, ...]] = {}
         self._reasons: dict[_Question, str] = {}
+        self._expected: dict[_Question, int] = {}
+        """first entry of the page that was asked for: any other page is ignored"""
 
     def attach(self, run: str, entries: tuple[SchemaEntry, ...]) -> None:
         self._own[run] = entries
-        self._reasons = {q: text for q, text in self._reasons.items() if q.run != run}
+        self._forget_if(lambda question: question.run == run)
 
     def detach(self, run: str) -> None:
         del self._own[run]
 
     def forget(self, node: NodeId) -> None:
-        self._reasons = {q: text for q, text in self._reasons.items() if q.node != node}
+        self._forget_if(lambda question: question.node == node)
+
+    def _forget_if(self, outdated: Callable[[_Question], bool]) -> None:
+        for question in [q for q in self._reasons if outdated(q)]:
+            del self._reasons[question]
+            self._expected.pop(question, None)
 
     def reason(self, node: NodeId, run: str, schema: str) -> str:
-        return self._reasons.get(_Question(node, run, schema), "schema differs")
+        return self._reasons.get(_Question(node, run, schema), UNKNOWN)
 
     def ask(self, node: NodeId, run: str, schema: str) -> SchemaRequest | None:
-        """The first question about a peer's schema that is not ours; None if it was asked."""
+        """The first question about a peer's schema that is not ours; None if it was answered."""
         question = _Question(node, run, schema)
-        if question in self._reasons or len(self._reasons) >= REASONS_LIMIT:
+        if question not in self._reasons and len(self._reasons) >= REASONS_LIMIT:
             return None
-        self._reasons[question] = "schema differs"
+        if self._reasons.setdefault(question, UNKNOWN) != UNKNOWN:
+            return None
+        self._expected[question] = 0
         return SchemaRequest(run=run, start=0)
 
     def answer(self, request: SchemaRequest) -> SchemaPage | None:
@@ -83,7 +95,7 @@ class Schemas:
         """Looks for the first difference in a page; asks for the next page while there is none."""
         question = _Question(node, page.run, schema)
         entries = self._own.get(page.run)
-        if entries is None or question not in self._reasons:
+        if entries is None or self._expected.pop(question, None) != page.start:
             return None
         here = entries[page.start : page.start + len(page.entries)]
         found = next(
@@ -91,10 +103,11 @@ class Schemas:
         )
         end = page.start + len(page.entries)
         if found is None and page.entries and end < min(page.total, len(entries)):
+            self._expected[question] = end
             return SchemaRequest(run=page.run, start=end)
         if found is None and len(here) < len(page.entries):
             found = f"layer {page.entries[len(here)].name} only there"
         elif found is None and end < len(entries):
             found = f"layer {entries[end].name} only here"
-        self._reasons[question] = f"schema differs: {found}" if found else "schema differs"
+        self._reasons[question] = f"{UNKNOWN}: {found}" if found else UNKNOWN
         return None

@@ -229,7 +229,7 @@ class TcpTransport:
             found = await trio.socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM
             )
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise StreamLost(f"{address}: {_text(error)}") from None
         family, kind, protocol, _, where = found[0]
         connection = socket.socket(family, kind, protocol)

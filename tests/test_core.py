@@ -1,0 +1,321 @@
+"""The pure core: laws of the member table, of first weights, of one exchange's counting."""
+
+from itertools import permutations
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.core import events as ev
+from mesh.core.contacts import FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
+from mesh.core.detector import PING_INTERVAL_S, SILENCE_S, Detector
+from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
+from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership
+from mesh.core.messages import (
+    PROTOCOL,
+    WINDOW,
+    Address,
+    Hello,
+    Member,
+    Members,
+    NodeId,
+    Purpose,
+    RunInfo,
+    State,
+)
+from mesh.core.protocol import MeshProtocol, first_row
+from mesh.core.schedule import Relation, relation
+from mesh.errors import LocalProtocolError, RemoteProtocolError
+
+ME, A, B = NodeId("m" * 16), NodeId("a" * 16), NodeId("z" * 16)
+AT = (Address("10.0.0.9", 7710),)
+
+
+def row(node, incarnation=1, state=State.ALIVE):
+    """At one incarnation and state a row's content is one: its owner raised it to change it."""
+    return Member(
+        node=node,
+        name=node[:4],
+        incarnation=incarnation,
+        state=state,
+        addresses=(Address("10.0.0.1", 1 + incarnation),),
+        runs=(),
+    )
+
+
+ROWS = st.builds(
+    row,
+    st.sampled_from([A, B, ME]),
+    st.integers(1, 4),
+    st.sampled_from(list(State)),
+)
+
+
+def table(*batches):
+    membership = Membership(row(ME, incarnation=100))
+    for batch in batches:
+        membership.merge(batch)
+    return membership.others
+
+
+# ------------------------------------------------------------------------------------- membership
+
+
+@given(st.lists(ROWS, max_size=6))
+@settings(deadline=None, derandomize=True)
+def test_merging_is_commutative(rows):
+    assert len({str(sorted(table(order).items())) for order in permutations(rows[:4])}) == 1
+
+
+@given(st.lists(ROWS, max_size=6), st.lists(ROWS, max_size=6), st.lists(ROWS, max_size=6))
+@settings(deadline=None, derandomize=True)
+def test_merging_is_associative_and_idempotent(a, b, c):
+    joined = list(table(b, c).values())
+    assert table(a, joined) == table(a, b, c) == table(a, b, c, a, b, c)
+
+
+def test_at_equal_incarnation_the_later_state_wins_and_a_higher_incarnation_beats_both():
+    for worse in (State.SUSPECT, State.DEAD, State.LEFT):
+        assert table([row(A, 1, worse)], [row(A, 1)])[A].state is worse
+        assert table([row(A, 1, worse)], [row(A, 2)])[A].state is State.ALIVE
+
+
+@pytest.mark.parametrize("rumour", [State.SUSPECT, State.DEAD, State.LEFT])
+def test_a_node_refutes_a_rumour_of_its_end_above_the_incarnation_of_the_rumour(rumour):
+    membership = Membership(row(ME, 5))
+    assert membership.merge([row(ME, 7, rumour)]) == [membership.own]
+    assert (membership.own.incarnation, membership.own.state) == (8, State.ALIVE)
+    assert membership.merge([row(ME, 7, rumour)]) == []
+
+
+def test_nobody_is_pushed_to_an_incarnation_that_cannot_be_raised():
+    membership = Membership(row(ME, 5))
+    membership.merge([row(ME, INCARNATION_LIMIT, State.DEAD), row(A, INCARNATION_LIMIT)])
+    assert membership.own.incarnation == 5
+    assert membership.others == {}
+
+
+def test_the_table_is_bounded_and_forgets_the_gone_before_the_living():
+    membership = Membership(row(ME))
+    membership.merge([row(NodeId(f"node{k:08}"), state=State.DEAD) for k in range(10)])
+    membership.merge([row(NodeId(f"live{k:08}")) for k in range(MEMBERS_LIMIT)])
+    assert len(membership.others) == MEMBERS_LIMIT
+    assert sum(m.state is State.ALIVE for m in membership.others.values()) == MEMBERS_LIMIT
+
+
+# --------------------------------------------------------------------------------------- contacts
+
+
+def test_of_two_crossed_connections_both_ends_keep_the_one_of_the_lower_id():
+    for first in (ME, A):
+        at_me, at_a = Contacts(ME, Random(1)), Contacts(A, Random(1))
+        order = [first, A if first is ME else ME]
+        kept_me = kept_a = None
+        for number, dialler in enumerate(order):
+            for contacts, own, other in ((at_me, ME, A), (at_a, A, ME)):
+                contacts.suggest(AT, 0.0, source="mdns", node=other)
+                contact = other[:16] if dialler == own else None
+                contacts.connected(other, number, contact=contact, incarnation=1)
+        kept_me, kept_a = at_me.connections[A], at_a.connections[ME]
+        assert kept_me.number == kept_a.number
+        assert kept_me.dialled_by == min(ME, A)
+
+
+def test_a_restarted_peer_replaces_the_connection_of_its_former_self():
+    contacts = Contacts(ME, Random(1))
+    assert contacts.connected(A, 1, contact=None, incarnation=5) == (True, None)
+    assert contacts.connected(A, 2, contact=None, incarnation=6) == (True, 1)
+    assert contacts.connected(A, 3, contact=None, incarnation=5) == (False, None)
+    assert not contacts.lost(A, 1, 0.0)
+    assert contacts.lost(A, 2, 0.0)
+
+
+def test_what_was_given_by_hand_is_retried_for_ever_and_a_rumour_is_not():
+    for source, remains in (("peer", True), ("mdns", False)):
+        contacts, now, waits = Contacts(ME, Random(1)), 0.0, []
+        contacts.suggest(AT, now, source=source)
+        for _ in range(3 * RUMOUR_ATTEMPTS):
+            now = contacts.next_deadline()
+            if now == float("inf"):
+                break
+            [due] = contacts.due(now)
+            assert contacts.due(now) == [], "one dial at a time"
+            contacts.failed(due.key, now, itself=False)
+            waits.append(contacts.next_deadline() - now)
+        assert (len(waits) == 3 * RUMOUR_ATTEMPTS) is remains
+        assert waits[0] <= 2 * FIRST_RETRY_S
+        assert max(w for w in waits if w != float("inf")) <= LAST_RETRY_S
+
+
+def test_a_node_does_not_dial_itself_or_whoever_is_connected():
+    contacts = Contacts(ME, Random(1))
+    contacts.suggest(AT, 0.0, source="mdns", hint=ME[:16])
+    assert contacts.due(0.0) == []
+    contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
+    [due] = contacts.due(0.0)
+    contacts.connected(A, 1, contact=due.key, incarnation=1)
+    contacts.suggest(AT, 1.0, source="member", node=A)
+    assert contacts.due(1.0) == []
+
+
+# --------------------------------------------------------------------------------------- detector
+
+
+def test_five_silent_seconds_are_a_death_and_any_word_is_life():
+    detector = Detector()
+    detector.connected(A, 0.0)
+    pings = [detector.due_pings(t / 10)[:1] for t in range(30)]
+    assert sum(map(len, pings)) == 3 / PING_INTERVAL_S
+    detector.heard(A, 2.0)
+    assert detector.due_deaths(2.0 + SILENCE_S - 0.01) == []
+    assert detector.due_deaths(2.0 + SILENCE_S) == [A]
+    assert detector.due_deaths(99.0) == [], "told once"
+
+
+# --------------------------------------------------------------------------------------- protocol
+
+
+def hello(node, incarnation=1):
+    member = row(node, incarnation)
+    return Hello(protocol=PROTOCOL, name=member.name, purpose=Purpose.CONTROL, member=member)
+
+
+def test_only_who_lost_a_connection_calls_a_node_dead():
+    protocol = MeshProtocol(first_row(ME, "me", 1, AT), Random(1))
+    protocol.handle(ev.PeerConnected(node=A, connection=1, hello=hello(A), contact=None), 0.0)
+    hearsay = Members(members=(row(B),), reply=False)
+    protocol.handle(ev.Received(node=A, connection=1, message=hearsay), 0.0)
+    states = {}
+    for node, key in ((B, B[:16]), (A, A[:16])):
+        if node == A:
+            protocol.handle(ev.PeerLost(node=A, connection=1, reason="end of file"), 1.0)
+        failed = ev.DialFailed(contact=key, refused=True, reason="connection refused")
+        protocol.handle(failed, 1.0)
+        states = {p.node: p.state for p in protocol.statistics(1.0).peers}
+    assert states == {A: "dead", B: "alive"}
+
+
+def test_the_protocol_is_at_rest_after_everything_due_was_done():
+    """next_deadline() always lies ahead after on_deadline(): the loop cannot spin."""
+    protocol = MeshProtocol(first_row(ME, "me", 1, AT), Random(1))
+    protocol.handle(ev.CandidateFound(addresses=AT, source="peer"), 0.0)
+    protocol.handle(ev.PeerConnected(node=A, connection=1, hello=hello(A), contact=None), 0.0)
+    attached = ev.RunAttached(
+        run="r", schema="s", entries=(), sync_timeout_s=2.0, started=False, exchanged=False
+    )
+    protocol.handle(attached, 0.0)
+    now = 0.0
+    for _ in range(200):
+        assert protocol.next_deadline() > now
+        now = min(protocol.next_deadline(), now + 10)
+        protocol.on_deadline(now)
+
+
+# ---------------------------------------------------------------------------------- first weights
+
+INFOS = st.builds(
+    lambda started, exchanged: RunInfo(
+        run="r", schema="s", started=started or exchanged, exchanged=exchanged
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(INFOS, INFOS)
+def test_who_takes_from_whom_is_one_answer_from_both_sides(mine, theirs):
+    here, there = relation(mine, A, theirs, B), relation(theirs, B, mine, A)
+    assert {here, there} in ({Relation.AVERAGE}, {Relation.TAKE, Relation.GIVE})
+    if here is Relation.TAKE:
+        assert (theirs.exchanged, theirs.started) > (mine.exchanged, mine.started)
+
+
+# --------------------------------------------------------------------------------------- exchange
+
+
+@given(st.floats(0.01, 1e6), st.floats(0.01, 1e6), st.booleans())
+def test_both_shares_move_the_weighted_sum_by_nothing(p, q, halved):
+    mine, theirs = share(q, p, halved=halved), share(p, q, halved=halved)
+    assert p * mine == pytest.approx(q * theirs)
+    assert mine + theirs == pytest.approx(0.5 if halved else 1.0)
+
+
+def initiation(fragments=20):
+    return Initiation(exchange=7, peer=A, fragments=fragments, pull=False)
+
+
+def test_the_initiator_sends_no_further_than_the_window_and_takes_deltas_in_order():
+    record = initiation()
+    while record.next_to_send() is not None:
+        record.fragment_sent()
+    assert record.in_doubt == range(WINDOW)
+    with pytest.raises(LocalProtocolError):
+        record.fragment_sent()
+    with pytest.raises(RemoteProtocolError):
+        record.delta_arrived(1)
+    record.delta_arrived(0)
+    assert record.next_to_send() == WINDOW
+    with pytest.raises(RemoteProtocolError):
+        record.delta_arrived(0)
+
+
+def test_after_a_lost_connection_it_resumes_at_the_first_missing_delta():
+    record = initiation()
+    for _ in range(3):
+        record.fragment_sent()
+    record.delta_arrived(0)
+    record.connection_lost()
+    assert record.next_to_send() == 1
+    assert record.in_doubt == range(1, 3), "in doubt until answered, though it goes out again"
+
+
+def test_the_responder_answers_a_repeated_fragment_from_what_it_kept():
+    freed = []
+    responses = Responses(20, freed.append)
+    assert responses.open(A, 7, 0) is None
+    for index in range(3):
+        assert responses.kept(A, 7, index, 0) is None
+        responses.applied(A, 7, index, f"reply {index}")
+    assert responses.open(A, 7, 1) is None
+    assert responses.kept(A, 7, 1, 1) == "reply 1"
+    assert freed == ["reply 0"]
+    for index, received in ((4, 1), (0, 1), (3, 4), (2, -1)):
+        with pytest.raises(RemoteProtocolError):
+            responses.kept(A, 7, index, received)
+
+
+def test_the_responder_keeps_no_more_than_the_window():
+    responses = Responses(20, lambda _: None)
+    responses.open(A, 7, 0)
+    for index in range(WINDOW):
+        responses.kept(A, 7, index, 0)
+        responses.applied(A, 7, index, index)
+    with pytest.raises(RemoteProtocolError):
+        responses.kept(A, 7, WINDOW, 0)
+    assert responses.kept_replies == WINDOW
+
+
+def test_unfinished_exchanges_are_kept_and_new_ones_refused_when_there_are_too_many():
+    responses = Responses(2, lambda _: None)
+    for k in range(RECORDS_LIMIT):
+        node = NodeId(f"node{k:08}")
+        assert responses.open(node, 1, 0) is None
+        responses.kept(node, 1, 0, 0)
+        responses.applied(node, 1, 0, k)
+    assert "too many" in responses.open(A, 1, 0)
+    first = NodeId("node00000000")
+    responses.kept(first, 1, 1, 1)
+    responses.applied(first, 1, 1, 0)
+    responses.finish(first, 1)
+    assert responses.open(A, 1, 0) is None
+
+
+def test_an_exchange_that_is_not_known_here_is_not_resumed():
+    responses = Responses(20, lambda _: None)
+    assert "not known" in responses.open(A, 7, 5)
+    responses.open(A, 8, 0)
+    with pytest.raises(RemoteProtocolError):
+        responses.open(A, 7, 0)
+    with pytest.raises(RemoteProtocolError):
+        responses.open(A, 8, 3)
