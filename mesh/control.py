@@ -37,6 +37,7 @@ CONNECTIONS_LIMIT: Final = 64
 MODEL_LIMIT_ENTRIES: Final = 2**33
 """32 GiB a replica: beyond what a machine that averages over its LAN holds four times."""
 
+LOSS_LIMIT: Final = 1e300
 DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 
 Request = dict[str, Any]
@@ -196,10 +197,11 @@ class Control:
 
     async def _post(self, run: Run, request: Request) -> None:
         loss = request.get("loss")
-        known = isinstance(loss, (int, float)) and abs(loss) < 1e300  # neither NaN nor infinite
+        if not isinstance(loss, (int, float)) or not abs(loss) < LOSS_LIMIT:  # NaN is not below
+            loss = None
         run.post(
             step=_whole(request, "step"),
-            loss=float(loss) if known else None,
+            loss=None if loss is None else float(loss),
             samples=_whole(request, "samples"),
         )
         if request.get("want") is True:
@@ -253,7 +255,7 @@ def listen(path: Path) -> trio.socket.SocketType:
         listener.bind(str(path))
     finally:
         os.umask(before)
-    listener.listen(16)
+    listener.listen(CONNECTIONS_LIMIT)
     return trio.socket.from_stdlib_socket(listener)
 
 

@@ -10,6 +10,7 @@ from typing import Final
 
 import trio
 
+from mesh import wire
 from mesh.core.exchange import Initiation, share
 from mesh.core.messages import (
     Delta,
@@ -48,13 +49,15 @@ class Conversation:
         self._reader = reader
         self._room = trio.Event()
         self._stopped = False
+        self._opening = b""
+        """goes out with the first fragment: the responder wakes once for both"""
 
     async def hold(self, info: RunInfo) -> None:
         """Until both sides have every delta. Raises Refused, NotFinite, RemoteProtocolError or
         StreamLost; the record says how far it came."""
         record, received = self._record, self._reader.received_bytes
         try:
-            await self._say(
+            self._opening = wire.encode(
                 OpenExchange(
                     exchange=record.exchange,
                     run=info.run,
@@ -77,9 +80,11 @@ class Conversation:
             self._run.counters.bytes_received += self._reader.received_bytes - received
 
     async def _say(
-        self, message: OpenExchange | Fragment | FinishExchange, body: memoryview | bytes = b""
+        self, message: Fragment | FinishExchange, body: memoryview | bytes = b""
     ) -> None:
-        self._run.counters.bytes_sent += await send_frame(self._stream, message, body)
+        before, self._opening = self._opening, b""
+        sent = await send_frame(self._stream, message, body, before=before)
+        self._run.counters.bytes_sent += sent
 
     async def _both_ways(self) -> None:
         failure: MeshError | None = None

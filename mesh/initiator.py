@@ -136,6 +136,9 @@ class Initiator:
                 self._refused("protocol")
                 return ev.Outcome.ABANDONED, str(error)
             except StreamLost as error:
+                if record.done:
+                    # Only our last word was lost: the next exchange says as much.
+                    return ev.Outcome.COMPLETED, ""
                 reason = str(error)
                 run.counters.resumed += bool(record.sent_once)
                 record.connection_lost()

@@ -10,6 +10,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Final, assert_never
 
@@ -189,7 +190,15 @@ class Node:
         self.check_run(spec)
         replica = Replica(len(posted), Float32())
         try:
-            run = make_run(spec, replica, posted, offered, tell, trio.current_time())
+            run = make_run(
+                spec,
+                replica,
+                posted,
+                offered,
+                tell,
+                partial(self._protocol.partner_count, spec.run),
+                trio.current_time(),
+            )
         except NotFinite as error:
             raise UsageError(f"{error}; nothing was shared") from None
         self._runs[spec.run] = run

@@ -77,6 +77,8 @@ class Run:
     responses: Responses[KeptReply]
     attached_at: float
     buffers: "BufferPool"
+    partners: Callable[[], int]
+    """how many peers this run can be averaged with now"""
     current: Initiation | None = None
     unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
@@ -126,7 +128,7 @@ class Run:
             return
         self.ours = False
         self.hand_over.offer()
-        self.tell({"event": "offered", "meets": self.meets})
+        self.tell({"event": "offered", "meets": self.meets, "peers": self.partners()})
 
     def crosses(self, index: int) -> bool:
         """Whether our own request for this fragment is in flight: then both sides take half."""
@@ -159,7 +161,13 @@ class BufferPool:
 
 
 def make_run(
-    spec: RunSpec, replica: Replica, posted: Floats, offered: Floats, tell: Tell, now: float
+    spec: RunSpec,
+    replica: Replica,
+    posted: Floats,
+    offered: Floats,
+    tell: Tell,
+    partners: Callable[[], int],
+    now: float,
 ) -> Run:
     """A run whose training has filled `posted` with its first weights. Raises NotFinite."""
     hand_over = HandOver(replica, posted, offered)
@@ -173,4 +181,5 @@ def make_run(
         responses=Responses(replica.fragments, lambda kept: buffers.give(kept.buffer)),
         attached_at=now,
         buffers=buffers,
+        partners=partners,
     )

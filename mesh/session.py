@@ -35,6 +35,8 @@ class Session:
         """the buffers are ours: from an offer to the next post"""
         self.fresh = False
         """the offer in hand is not in the model yet"""
+        self.peers = 0
+        """peers that the run could be averaged with at the last offer"""
         self._wanted = False
         self._meets = 0
 
@@ -90,6 +92,7 @@ class Session:
             match event.get("event"):
                 case "offered" if event["meets"] == self._meets:
                     self.holding, self.fresh, self._wanted = True, True, False
+                    self.peers = int(event["peers"])
                 case "diverged":
                     logger.warning(
                         "the weights are not finite at step %s: they are not shared; "

@@ -181,6 +181,14 @@ class JoinedNode:
         """Name of the run."""
         return str(self._request["run"])
 
+    @property
+    def peers(self) -> int:
+        """Peers that this run could be averaged with at the last hand-over; costs nothing to read.
+
+        0 while the node is gone. statistics() asks the node for the number of this moment.
+        """
+        return self._session.peers if self._session is not None else 0
+
     def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
         """Call after each optimizer step. Every H-th call hands over; none waits for the network.
 

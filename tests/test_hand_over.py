@@ -42,7 +42,9 @@ class Pair:
             script="s",
         )
         self.replica = Replica(ENTRIES, Float32())
-        self.run = make_run(spec, self.replica, self.posted, self.offered, self.heard, 0.0)
+        self.run = make_run(
+            spec, self.replica, self.posted, self.offered, self.heard, lambda: 0, 0.0
+        )
         self.run.hand_over.offer()
         self.run.ours = False
         self.to_node: list[str] = []

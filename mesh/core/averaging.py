@@ -60,7 +60,11 @@ class Averaging:
 
     def partner_counts(self) -> dict[str, int]:
         """How many peers each run can be averaged with now."""
-        return {name: len(self._partners(run)) for name, run in self._runs.items()}
+        return {name: self.partner_count(name) for name in self._runs}
+
+    def partner_count(self, run: str) -> int:
+        """How many peers this run can be averaged with now."""
+        return len(self._partners(self._runs[run])) if run in self._runs else 0
 
     # ----------------------------------------------------------------------------------- runs
 

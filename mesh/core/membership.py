@@ -20,9 +20,10 @@ to the next block, above anything the last process can have said."""
 MEMBERS_LIMIT = 4096
 """Rows in a table. A member of the mesh could invent nodes; it cannot make us hold more than this."""
 
-INCARNATION_LIMIT = 2**53
-"""No honest node gets here (a change each millisecond for 285,000 years); rows beyond are refused,
-so that nobody can push a node to a number that it cannot raise any more."""
+INCARNATION_LIMIT = 2**31
+"""No honest node gets here (a restart every minute for four years, or a change each second for 68);
+rows beyond are refused. Exchange numbers begin at a node's incarnation times 2**32, so they fit into
+63 bits."""
 
 
 def supersedes(new: Member, old: Member) -> bool:

@@ -59,8 +59,6 @@ class MeshProtocol:
         self._strangers: dict[NodeId, tuple[PeerStatistics, float]] = {}
         self._ends: dict[NodeId, str] = {}
         self._stored = own.incarnation + INCARNATION_BLOCK
-        # Exchange numbers rise for ever: a restart begins above all that the last process used.
-        self._exchange = own.incarnation << 32
 
     # ------------------------------------------------------------------------------ interface
 
@@ -130,17 +128,22 @@ class MeshProtocol:
         """What this node says of a run of its own; None if nobody trains it here."""
         return self._averaging.info(run)
 
+    def partner_count(self, run: str) -> int:
+        """How many peers a run of this node can be averaged with now."""
+        return self._averaging.partner_count(run)
+
     def statistics(self, now: float) -> ProtocolStatistics:
-        peers = [self._peer_statistics(m, now) for m in self._membership.others.values()]
-        known = {peer.node for peer in peers}
-        strangers = [
-            stranger
+        # A member that came back with another version is listed as what it is now.
+        strangers = {
+            node: stranger
             for node, (stranger, seen_at) in self._strangers.items()
-            if node not in known and now - seen_at < STRANGER_S
-        ]
+            if now - seen_at < STRANGER_S
+        }
+        members = [m for m in self._membership.others.values() if m.node not in strangers]
+        peers = [*strangers.values(), *(self._peer_statistics(m, now) for m in members)]
         return ProtocolStatistics(
             own=self._membership.own,
-            peers=tuple(sorted([*peers, *strangers], key=lambda p: (p.name, p.node))),
+            peers=tuple(sorted(peers, key=lambda p: (p.name, p.node))),
             partners=self._averaging.partner_counts(),
             unreached=self._contacts.unreached(),
         )
