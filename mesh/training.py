@@ -12,7 +12,6 @@ boundaries only, never its integer and bool buffers.
 """
 
 import contextlib
-import logging
 import math
 import os
 import sys
@@ -21,27 +20,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import torch
 
-from mesh.client import ask, node_of_state
+from mesh.attachment import Attachment
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
-from mesh.launch import NodeProcess, make_mesh_if_none, start_node
 from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
 from mesh.tensors import Tensors
 
-logger = logging.getLogger("mesh")
-
-BEGIN_S: Final = 3600.0
-"""A newcomer on slow Wi-Fi may take this long to get a large model; it is told of every minute."""
-
 EVALUATION_S: Final = 2.0
 """averaged() and close() wait this long for one exchange, so that what counts is the mesh's."""
 
-FIRST_RETRY_S: Final = 1.0
-LAST_RETRY_S: Final = 30.0
+POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +99,10 @@ def join(
     _check_optimizer(model, optimizer)
     if settings is None:
         settings = NodeSettings(state=Path(state)) if state is not None else NodeSettings()
-    return JoinedNode(
+    attachment = Attachment(
         tensors,
         settings,
-        every=every,
-        patience=patience,
-        request={
+        {
             "run": run,
             "schema": tensors.schema(),
             "weight": float(weight),
@@ -122,6 +112,7 @@ def join(
             "script": sys.argv[0] or "python",
         },
     )
+    return JoinedNode(tensors, attachment, every=every, patience=patience)
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -139,47 +130,24 @@ class JoinedNode:
     """What join() returns: this training's place in the mesh. One thread at a time may use it."""
 
     def __init__(
-        self,
-        tensors: Tensors,
-        settings: NodeSettings,
-        *,
-        every: int,
-        patience: float,
-        request: dict[str, Any],
+        self, tensors: Tensors, attachment: Attachment, *, every: int, patience: float
     ) -> None:
         """Use join()."""
         self._tensors = tensors
-        self._settings = settings
+        self._attachment = attachment
         self._every = every
         self._patience = patience
-        self._request = request
-        self._process: NodeProcess | None = None
-        self._session: Session | None = None
         self._closed = False
         self._steps = 0
         self._samples = 0
         self._loss: float | None = None
-        self._began: str | None = None
-        self._retry_at = 0.0
-        self._retry_s = FIRST_RETRY_S
-        try:
-            try:
-                running = node_of_state(settings.state)
-            except NodeNotRunning:
-                make_mesh_if_none(settings)
-                self._process = start_node(settings)
-                running = self._process.running
-            self._attach(running.control, BEGIN_S)
-        except BaseException:
-            self._end_process()
-            raise
 
     # ------------------------------------------------------------------------------- interface
 
     @property
     def run(self) -> str:
         """Name of the run."""
-        return str(self._request["run"])
+        return self._attachment.run
 
     @property
     def peers(self) -> int:
@@ -187,7 +155,8 @@ class JoinedNode:
 
         0 while the node is gone. statistics() asks the node for the number of this moment.
         """
-        return self._session.peers if self._session is not None else 0
+        session = self._attachment.session
+        return session.peers if session is not None else 0
 
     def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
         """Call after each optimizer step. Every H-th call hands over; none waits for the network.
@@ -201,15 +170,17 @@ class JoinedNode:
         if loss is not None:
             self._loss = float(loss)
         place = self._steps % self._every
-        if self._session is None:
+        session = self._attachment.session
+        if session is None:
             if place == 0:
-                self._attach_again()
+                self._tensors.check()
+                self._attachment.again()
             return
-        with self._or_alone():
+        with self._attachment.or_alone():
             if place == 0:
-                self._boundary(self._session)
+                self._boundary(session)
             elif place == self._every - 1 and not self._patience:
-                self._session.want()
+                session.want()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -223,9 +194,12 @@ class JoinedNode:
         """
         self._check_open()
         self._tensors.check()
-        with self._or_alone():
-            self._meet()
-        session = self._session
+        session = self._attachment.session
+        with self._attachment.or_alone():
+            if session is not None:
+                session.meet()
+                _wait_for_offer(session)
+        session = self._attachment.session
         if session is None:
             yield  # alone: the training's own weights are all there is
             return
@@ -249,18 +223,14 @@ class JoinedNode:
                     f"{found} of {n} peers train run {self.run!r} after {timeout:g} s; "
                     "`mesh peers` shows who is there and why others are not"
                 )
-            if self._session is None:
+            if self._attachment.session is None:
                 raise NodeNotRunning("the node is gone: `mesh up` starts one")
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         return True
 
     def statistics(self) -> Statistics:
         """Figures of this run now; those of the mesh are 0 while the node is gone."""
-        figures: dict[str, Any] = {}
-        if self._session is not None:
-            with contextlib.suppress(MeshError):
-                status = ask(node_of_state(self._settings.state), "status")
-                figures = next((r for r in status["runs"] if r["run"] == self.run), {})
+        figures = self._attachment.figures()
         exchanges = figures.get("exchanges", {})
         return Statistics(
             attached=bool(figures),
@@ -272,7 +242,7 @@ class JoinedNode:
             bytes_sent=figures.get("bytes_sent", 0),
             bytes_received=figures.get("bytes_received", 0),
             drift=figures.get("drift"),
-            began=self._began,
+            began=self._attachment.began,
         )
 
     def close(self) -> None:
@@ -303,7 +273,9 @@ class JoinedNode:
             return
         self._post(session, waits=self._patience > 0)
         if self._patience and session.take_events(self._patience):
-            self._adopt(session)
+            # It arrived before any step was made since the post: it is the model.
+            self._tensors.merge(session.posted, session.offered)
+            session.fresh = False
 
     def _post(self, session: Session, *, waits: bool) -> None:
         """Brings the offer in hand into the model, and the model's progress into `posted`."""
@@ -320,102 +292,35 @@ class JoinedNode:
             want=not waits and self._every == 1,
         )
 
-    def _adopt(self, session: Session) -> None:
-        """An offer arrived before any step was made since the post: it is the model."""
-        self._tensors.merge(session.posted, session.offered)
-        session.fresh = False
-
-    def _meet(self) -> None:
-        """Waits for one exchange and an offer of its result, which stays in hand."""
-        if self._session is not None:
-            self._session.meet()
-            self._wait_for_offer(self._session)
-
     def _hand_over_last(self, session: Session) -> None:
         """The last progress, and one exchange that carries it to a peer."""
         self._tensors.check()
         session.want()
         if session.take_events(LOCAL_S):
             self._post(session, waits=True)
-            self._wait_for_offer(session)
-
-    def _wait_for_offer(self, session: Session) -> None:
-        if not session.take_events(EVALUATION_S):
-            session.want()
-            if not session.take_events(LOCAL_S):
-                raise NodeNotRunning("the node does not answer")
-
-    # ------------------------------------------------------------------------------ attachment
-
-    def _attach(self, control: str, begin_s: float) -> None:
-        """Attaches and waits for the first weights. Raises MeshError."""
-        again = self._began is not None
-        session, how = Session.attach(
-            control,
-            {**self._request, "started": again, "exchanged": again},
-            self._tensors.fill,
-            begin_s,
-        )
-        if how == "donor":
-            self._tensors.load(session.offered)
-        session.posted[:] = session.offered
-        self._session, self._began = session, self._began or how
-
-    @contextlib.contextmanager
-    def _or_alone(self) -> Iterator[None]:
-        """If the node is gone: say so once, and go on without it."""
-        try:
-            yield
-        except NodeNotRunning as error:
-            logger.warning(
-                "%s: training goes on alone and attaches again when a node is up "
-                "(`mesh up --state %s`)",
-                error,
-                self._settings.state,
-            )
-            self._drop_session()
-            self._retry_s = FIRST_RETRY_S
-            self._retry_at = time.monotonic() + self._retry_s
-
-    def _attach_again(self) -> None:
-        if time.monotonic() < self._retry_at:
-            return
-        self._tensors.check()
-        try:
-            control = node_of_state(self._settings.state).control
-            self._attach(control, LOCAL_S)
-        except MeshError:
-            self._retry_s = min(LAST_RETRY_S, 2 * self._retry_s)
-            self._retry_at = time.monotonic() + self._retry_s
-        else:
-            logger.warning("attached to the node again")
-
-    def _drop_session(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+            _wait_for_offer(session)
 
     def _close(self, *, hand_over: bool) -> None:
         if self._closed:
             return
         self._closed = True
         try:
-            if self._session is not None:
+            if hand_over and self._attachment.session is not None:
                 with contextlib.suppress(MeshError):
-                    if hand_over:
-                        self._hand_over_last(self._session)
-                    self._session.detach()
+                    self._hand_over_last(self._attachment.session)
         finally:
-            self._drop_session()
-            self._end_process()
-
-    def _end_process(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
+            self._attachment.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(
                 f"run {self.run!r} is closed: step() and averaged() belong inside the `with` block"
             )
+
+
+def _wait_for_offer(session: Session) -> None:
+    """For an offer after one exchange; without it, for one as things are. Raises NodeNotRunning."""
+    if not session.take_events(EVALUATION_S):
+        session.want()
+        if not session.take_events(LOCAL_S):
+            raise NodeNotRunning("the node does not answer")
