@@ -58,6 +58,12 @@ def until(condition, what, deadline_s=DEADLINE_S):
     return result
 
 
+def free_port():
+    """A port of loopback on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 class Host:
     """A machine of its own, as far as gossipmesh can tell: home, runtime directory, nodes."""
 
@@ -102,15 +108,34 @@ class Host:
 
     def up(self, name, *flags):
         """`mesh up` for a state directory, once it answers."""
+        node = self._start(name, *flags)
+        node.wait_until_up()
+        return node
+
+    def up_together(self, first, second):
+        """Two nodes of one mesh, once they know each other."""
+        self.member(second, self.member(first))
+        port = free_port()
+        nodes = (
+            self._start(first, "--port", port),
+            self._start(second, "--peer", f"127.0.0.1:{port}"),
+        )
+        for node in nodes:
+            node.wait_until_up()
+        for node in nodes:
+            until(lambda: node.status()["peers"]["alive"] == 1, "they know each other")  # noqa: B023
+        return nodes
+
+    def _start(self, name, *flags):
         node = RealNode(self, name, flags)
         self._nodes.append(node)
-        node.wait_until_up()
         return node
 
     def leftovers(self):
         """Files of running nodes that are still on this host."""
         names = ("node.json", "control.sock")
-        return [p for p in self.root.rglob("*") if p.name in names or self.runtime in p.parents]
+        found = [p for p in self.root.rglob("*") if p.name in names or self.runtime in p.parents]
+        return [p for p in found if not p.is_dir()]
 
     def close(self):
         for node in self._nodes:
@@ -185,9 +210,13 @@ class RealNode:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def stop(self):
-        """SIGTERM; returns the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+    def stop(self, number=signal.SIGTERM):
+        """Sends the signal; returns the exit code."""
+        self._process.send_signal(number)
+        return self.exit_code()
+
+    def exit_code(self):
+        """Of a node that is about to end."""
         return self._process.wait(DEADLINE_S)
 
     def kill(self):
@@ -239,8 +268,9 @@ class BadMember:
 
     def connect(self, port):
         """TLS, and nothing said yet."""
-        where = ("127.0.0.1", port)
-        return Wire(self._context.wrap_socket(socket.create_connection(where, DEADLINE_S)))
+        connection = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Wire(self._context.wrap_socket(connection))
 
     def accept(self, listener):
         """TLS with somebody who dialled `listener`, and nothing said yet."""

@@ -1,0 +1,449 @@
+"""The `mesh` command as a person meets it: real processes, exit codes, what is printed where."""
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import mesh
+from nodes.cli import main
+from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
+
+NONE = type(None)
+NUMBER = (int, float)
+MAYBE_NUMBER = (int, float, NONE)
+
+STATUS = {
+    "schema": "mesh.status/1",
+    "node": {
+        "id": str,
+        "name": str,
+        "pid": int,
+        "version": mesh.__version__,
+        "protocol": 1,
+        "state": str,
+        "addresses": [str],
+        "incarnation": str,
+        "uptime_s": NUMBER,
+    },
+    "mesh": {"id": str},
+    "health": [str],
+    "peers": {"alive": int, "dead": int, "incompatible": int},
+    "runs": [dict],
+    "exits": [
+        {
+            "run": (str, NONE),
+            "script": str,
+            "pid": int,
+            "code": (int, NONE),
+            "ago_s": NUMBER,
+        }
+    ],
+    "refused": dict,
+    "dropped_messages": int,
+    "notes": [str],
+}
+PEERS = {
+    "schema": "mesh.peers/1",
+    "node": {"id": str, "name": str},
+    "peers": [
+        {
+            "id": str,
+            "name": str,
+            "state": str,
+            "reason": (str, NONE),
+            "addresses": [str],
+            "via": (str, NONE),
+            "rtt_s": MAYBE_NUMBER,
+            "seen_s": MAYBE_NUMBER,
+            "incarnation": str,
+            "runs": [{"run": str, "schema": str, "started": bool, "exchanged": bool}],
+        }
+    ],
+    "unreached": [{"address": str, "reason": str}],
+}
+"""Version 1 of what is printed with --json. Fields may be added; none may go or change its type."""
+
+
+def fits(value, shape, where="answer"):
+    """Checks a JSON value against one of the shapes above."""
+    match shape:
+        case dict():
+            for key, inner in shape.items():
+                assert key in value, f"{where} has no {key}"
+                fits(value[key], inner, f"{where}.{key}")
+        case [inner]:
+            for item in value:
+                fits(item, inner, f"{where}[]")
+        case type() | tuple():
+            assert isinstance(value, shape), f"{where} is {value!r}"
+        case _:
+            assert value == shape, where
+
+
+@pytest.fixture
+def host():
+    host = Host()
+    yield host
+    host.close()
+
+
+def is_one_line_for_a_person(completed, code):
+    """A user's mistake: one line on standard error, nothing on standard output, no traceback."""
+    assert completed.returncode == code, completed.stderr
+    assert completed.stdout == ""
+    says_one_thing(completed.stderr)
+
+
+def says_one_thing(stderr):
+    first, *listed = stderr.rstrip("\n").split("\n")
+    assert first.startswith("mesh: ")
+    assert all(line.startswith("  ") for line in listed), stderr
+    assert "Traceback" not in stderr
+    assert "Error" not in stderr
+
+
+def script(host, text, name="train.py"):
+    path = host.root / name
+    path.write_text(text)
+    return path
+
+
+# ----------------------------------------------------------------------- init, token, join, leave
+
+
+def test_a_mesh_is_made_joined_and_left(host):
+    made = host.mesh("init", "--state", "a", "--name", "first")
+    assert made.returncode == 0
+    assert made.stdout.startswith("mesh join mesh1-"), "standard output is the line to copy"
+    assert made.stdout.count("\n") == 1
+    command, verb, token = made.stdout.split()
+    assert (command, verb) == ("mesh", "join")
+
+    printed = host.mesh("token", "--state", "a")
+    assert (printed.returncode, printed.stdout) == (0, token + "\n")
+
+    joined = host.mesh("join", token, "--state", "b", "--name", "second")
+    assert joined.returncode == 0
+    assert "second" in joined.stdout
+
+    left = host.mesh("leave", "--state", "b")
+    assert left.returncode == 0
+    assert token not in left.stdout, "who joined does not have it"
+    made_and_left = host.mesh("leave", "--state", "a")
+    assert made_and_left.returncode == 0
+    assert f"mesh join {token}" in made_and_left.stdout
+    is_one_line_for_a_person(host.mesh("token", "--state", "a"), 1)
+
+
+MISTAKES = [
+    (("init", "--state", "member"), 2, "mesh leave"),
+    (("init", "--state", "new", "--name", "x" * 33), 2, "32"),
+    (("init", "--state", "/dev/null/state"), 1, "--state"),
+    (("join", "nonsense", "--state", "new"), 2, "mesh token"),
+    (("join", "mesh1-aaaa", "--state", "new"), 2, "mesh token"),
+    (("join", "mesh1-é", "--state", "new"), 2, "mesh token"),
+    (("join", "mesh1-" + "a" * 32, "--state", "member"), 2, "mistyped"),
+    (("token", "--state", "new"), 1, "mesh init"),
+    (("token", "--state", "joiner"), 1, "machine that made the mesh"),
+    (("leave", "--state", "new"), 1, "no mesh"),
+    (("up", "--state", "new", *QUIET), 1, "mesh join"),
+    (("up", "--state", "member", *QUIET, "--port", "0"), 2, "1..65535"),
+    (("up", "--state", "member", *QUIET, "--peer", "nowhere"), 2, "HOST:PORT"),
+    (("up", "--state", "member", *QUIET, "--peer", "host:99999"), 2, "1..65535"),
+    (("up", "--state", "member", "--no-mdns", "--interface", "nope0"), 2, "there are:"),
+    (("run", "--state", "member", *QUIET, "no_such_script.py"), 2, "no_such_script.py"),
+    (("status",), 3, "mesh up"),
+    (("status", "--state", "member"), 3, "mesh up"),
+    (("status", "--state", "new", "--json"), 3, "mesh up"),
+    (("peers", "-N", "nobody"), 3, "nobody"),
+    (("status", "-N", "nobody"), 3, "none"),
+]
+
+
+@pytest.fixture(scope="module")
+def still_host():
+    """A host on which nothing runs: `member` made a mesh, `joiner` joined it, `new` is in none."""
+    host = Host()
+    host.member("joiner", host.member("member"))
+    yield host
+    host.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "hint"), MISTAKES, ids=lambda v: " ".join(v) if type(v) is tuple else ""
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(
+    still_host, monkeypatch, capsys, arguments, code, hint
+):
+    """In this process, to be quick; real ones follow."""
+    monkeypatch.chdir(still_host.root)
+    for key in ("HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(key, still_host.environment[key])
+    monkeypatch.delenv("MESH_STATE", raising=False)
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    says_one_thing(err)
+    assert hint in err
+    assert not (still_host.state("new") / "mesh.json").exists()
+
+
+def test_an_unknown_interface_is_an_error_that_lists_those_there_are(still_host):
+    completed = still_host.mesh("up", "--state", "member", "--no-mdns", "--interface", "nope0")
+    is_one_line_for_a_person(completed, 2)
+    listed = completed.stderr.partition("there are:")[2]
+    assert "lo" in listed.replace(",", " ").split()
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("dance",), ("status", "--loud"), ("run",), ("up", "--port", "many")]
+)
+def test_what_is_no_command_is_a_usage_error(still_host, arguments):
+    completed = still_host.mesh(*arguments)
+    assert completed.returncode == 2
+    assert completed.stdout == ""
+    assert completed.stderr.startswith("usage: mesh")
+    assert "Traceback" not in completed.stderr
+
+
+def test_help_and_version_are_answers(still_host):
+    told = still_host.mesh("--help")
+    assert told.returncode == 0
+    for command in ("init", "token", "join", "up", "run", "leave", "status", "peers", "demo"):
+        assert f"    {command} " in told.stdout
+    assert still_host.mesh("--version").stdout == f"gossipmesh {mesh.__version__}\n"
+
+
+# ----------------------------------------------------------------------------- up, status, peers
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(host, a, b): two nodes that know each other, for tests that leave them as they are."""
+    host = Host()
+    yield host, *host.up_together("a", "b")
+    host.close()
+
+
+def test_a_node_says_how_it_is_as_json_and_as_text(pair):
+    host, a, b = pair
+    status = parsed(host.mesh("status", "--state", "a", "--json"))
+    fits(status, STATUS)
+    assert (status["node"]["name"], status["node"]["pid"]) == ("a", a.pid)
+    assert status["node"]["state"] == str(a.state)
+    assert status["peers"] == {"alive": 1, "dead": 0, "incompatible": 0}
+    assert status["health"] == []
+
+    peers = parsed(host.mesh("peers", "--state", "a", "--json"))
+    fits(peers, PEERS)
+    assert [(peer["id"], peer["state"]) for peer in peers["peers"]] == [(b.id, "alive")]
+    assert peers["peers"][0]["addresses"] == b.status()["node"]["addresses"]
+
+    text = host.mesh("status", "--state", "a")
+    assert text.returncode == 0
+    assert text.stderr == ""
+    assert f"a ({a.id[:8]})" in text.stdout
+    assert "1 alive" in text.stdout
+    table = host.mesh("peers", "--state", "a").stdout.splitlines()
+    assert table[0].split()[:3] == ["NAME", "ID", "STATE"]
+    assert table[1].split()[:3] == ["b", b.id[:8], "alive"]
+
+
+def test_of_several_nodes_on_a_host_one_has_to_be_chosen(pair):
+    host, *nodes = pair
+    which = host.mesh("status")
+    is_one_line_for_a_person(which, 2)
+    assert "choose one" in which.stderr
+    for node in nodes:
+        assert f"-N {node.name} " in which.stderr
+        assert f"-N {node.id[:8]}" in which.stderr
+        chosen = parsed(host.mesh("status", "--json", "-N", node.name))
+        assert chosen["node"]["id"] == node.id
+    by_id = parsed(host.mesh("peers", "--json", "-N", nodes[1].id[:8]))
+    assert by_id["node"]["name"] == "b"
+
+
+def test_the_state_directory_may_come_from_the_environment(pair):
+    host, a, b = pair
+    chosen = parsed(host.mesh("status", "--json", MESH_STATE=str(b.state)))
+    assert chosen["node"]["name"] == "b"
+    flag = parsed(host.mesh("status", "--json", "--state", a.state, MESH_STATE=str(b.state)))
+    assert flag["node"]["name"] == "a", "--state is stronger"
+    named = parsed(host.mesh("status", "--json", "-N", "a", MESH_STATE=str(b.state)))
+    assert named["node"]["name"] == "a", "and so is a name"
+    elsewhere = str(host.state("elsewhere"))
+    assert host.mesh("init", MESH_STATE=elsewhere).returncode == 0
+    assert (host.state("elsewhere") / "node.pem").exists()
+    is_one_line_for_a_person(host.mesh("status", MESH_STATE=elsewhere), 3)
+
+
+def test_a_second_node_on_one_state_directory_is_refused(pair):
+    host, a, _ = pair
+    is_one_line_for_a_person(host.mesh("up", "--state", "a", *QUIET), 2)
+    assert a.answers(), "the first one keeps its files"
+
+
+def test_printing_into_a_closed_pipe_is_no_error(pair):
+    host, _, _ = pair
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as out:
+        completed = subprocess.run(
+            host.command("status", "--state", "a"),
+            env=host.environment,
+            cwd=host.root,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (completed.returncode, completed.stderr) == (0, b"")
+
+
+def test_a_script_beside_a_running_node_leaves_it_running(pair):
+    host, a, _ = pair
+    completed = host.mesh("run", "--state", "a", script(host, "raise SystemExit(5)\n"))
+    assert completed.returncode == 5
+    assert a.answers()
+    assert [entry["code"] for entry in a.status()["exits"]] == [5]
+
+
+def test_a_peer_that_cannot_be_reached_is_named_with_the_reason(host):
+    host.member("a")
+    port = free_port()
+    a = host.up("a", "--peer", f"127.0.0.1:{port}", "--peer", "no..name:1")
+    until(lambda: "refused" in "".join(a.status()["health"]), "health names it")
+    until(lambda: "label" in "".join(a.status()["health"]), "and what is no name at all")
+    answer = parsed(host.mesh("peers", "--json", "--state", "a"))
+    fits(answer, PEERS)
+    addresses = [unreached["address"] for unreached in answer["unreached"]]
+    assert addresses == [f"127.0.0.1:{port}", "no..name:1"]
+    assert "unreached" in host.mesh("peers", "--state", "a").stdout
+
+
+def test_nodes_that_are_told_to_stop_tell_their_peers_and_leave_nothing_behind(host):
+    a, b = host.up_together("a", "b")
+    left = host.leftovers()
+    assert len(left) == 6, "node.json, control.sock, the entry among this host's nodes; twice"
+    assert b.stop(signal.SIGTERM) == 0
+    until(lambda: a.peers() == [], "b left, and nobody looks for it")
+    assert a.status()["peers"]["dead"] == 0
+    assert parsed(host.mesh("status", "--json"))["node"]["name"] == "a", "the only one is meant"
+    assert a.stop(signal.SIGINT) == 130
+    assert host.leftovers() == []
+    assert "Traceback" not in a.said + b.said
+    is_one_line_for_a_person(host.mesh("status", "--state", "a"), 3)
+
+
+def test_what_a_killed_node_left_behind_disturbs_nobody(host):
+    host.member("a")
+    first = host.up("a")
+    incarnation, node_id = int(first.status()["node"]["incarnation"]), first.id
+    first.kill()
+    assert len(host.leftovers()) == 3
+
+    is_one_line_for_a_person(host.mesh("status", "--state", "a"), 3)
+    is_one_line_for_a_person(host.mesh("status"), 3)
+    second = host.up("a")
+    assert second.id == node_id
+    assert int(second.status()["node"]["incarnation"]) > incarnation
+    assert parsed(host.mesh("status", "--json"))["node"]["pid"] == second.pid
+    assert second.stop() == 0
+    assert host.leftovers() == []
+
+
+def test_a_port_that_is_taken_is_named(host):
+    host.member("a")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        completed = host.mesh("up", "--state", "a", *QUIET, "--port", port)
+    is_one_line_for_a_person(completed, 2)
+    assert f"port {port}" in completed.stderr
+    assert host.leftovers() == []
+
+
+def test_leaving_stops_the_node_first(host):
+    host.member("a")
+    node = host.up("a")
+    assert host.mesh("leave", "--state", "a").returncode == 0
+    assert node.exit_code() == 0
+    assert host.leftovers() == []
+    is_one_line_for_a_person(host.mesh("up", "--state", "a", *QUIET), 1)
+
+
+def test_a_damaged_identity_is_one_line_that_says_what_to_do(host):
+    token = host.member("a")
+    (host.state("a") / "ca.pem").write_bytes(b"damaged")
+    completed = host.mesh("up", "--state", "a", *QUIET)
+    is_one_line_for_a_person(completed, 1)
+    assert "mesh leave" in completed.stderr
+    assert host.mesh("leave", "--state", "a").returncode == 0
+    assert host.mesh("join", token, "--state", "a").returncode == 0
+
+
+# -------------------------------------------------------------------------------------------- run
+
+
+def test_a_script_that_fails_is_shown_while_its_node_stays(host):
+    path = script(host, "import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    completed = host.mesh("run", "--state", "a", *QUIET, path, "--epochs", "3", "-N", "x")
+    assert completed.returncode == 7
+    assert completed.stdout == "['--epochs', '3', '-N', 'x']\n"
+    assert "mesh join mesh1-" in completed.stderr, "a new mesh says how others join it"
+    assert "mesh status" in completed.stderr
+
+    status = parsed(host.mesh("status", "--json", "--state", "a"))
+    fits(status, STATUS)
+    assert [(e["script"], e["code"]) for e in status["exits"]] == [(str(path), 7)]
+    assert "exit 7" in host.mesh("status", "--state", "a").stdout
+    assert host.mesh("leave", "--state", "a").returncode == 0
+    assert host.leftovers() == []
+    modes = {p.name: p.stat().st_mode & 0o777 for p in host.state("a").iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+
+
+def test_a_script_that_ends_well_takes_its_node_along(host):
+    path = script(host, "import os\nprint(os.environ['MESH_STATE'])\n")
+    completed = host.mesh("run", "--state", "a", *QUIET, path)
+    assert completed.returncode == 0
+    assert completed.stdout == f"{host.state('a')}\n", "the script finds the same node"
+    assert host.leftovers() == []
+    again = host.mesh("run", "--state", "a", *QUIET, path)
+    assert again.returncode == 0
+    assert "mesh join" not in again.stderr, "it is a member already"
+
+
+def test_a_script_that_was_killed_is_reported_as_such(host):
+    path = script(host, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    host.member("a")
+    completed = host.mesh("run", "--state", "a", *QUIET, path)
+    assert completed.returncode == 128 + signal.SIGKILL
+    assert "killed by signal 9" in host.mesh("status", "--state", "a").stdout
+
+
+def test_a_script_that_does_not_exist_makes_nothing(host):
+    is_one_line_for_a_person(host.mesh("run", "--state", "a", *QUIET, "train.py"), 2)
+    is_one_line_for_a_person(host.mesh("run", "--state", "a", *QUIET, host.root), 2)
+    assert not host.state("a").exists()
+
+
+def test_a_signal_to_mesh_run_reaches_the_script(host):
+    text = (
+        "import pathlib, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
+        "pathlib.Path('ready').touch()\n"
+        "signal.pause()\n"
+    )
+    host.member("a")
+    with subprocess.Popen(
+        host.command("run", "--state", "a", *QUIET, script(host, text)),
+        env=host.environment,
+        cwd=host.root,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        until(Path(host.root / "ready").exists, "the script runs")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 9

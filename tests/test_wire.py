@@ -1,0 +1,432 @@
+"""Frames: every message there and back, and whatever else may come instead of one."""
+
+import pickle
+import struct
+import tracemalloc
+from random import Random
+
+import msgpack
+import pytest
+import trio
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mesh import wire
+from mesh.core.membership import INCARNATION_LIMIT
+from mesh.core.messages import (
+    PROTOCOL,
+    Ack,
+    Address,
+    Delta,
+    ExchangeOpened,
+    ExchangeRefused,
+    FinishExchange,
+    Fragment,
+    Hello,
+    Member,
+    Members,
+    NodeId,
+    OpenExchange,
+    OtherVersion,
+    Ping,
+    Purpose,
+    Refusal,
+    RunInfo,
+    SchemaEntry,
+    SchemaPage,
+    SchemaRequest,
+    State,
+)
+from mesh.errors import LocalProtocolError, RemoteProtocolError
+from mesh.frames import FrameReader
+
+NUMBERS = {
+    0: Hello,
+    1: Refusal,
+    2: Members,
+    3: Ping,
+    4: Ack,
+    5: SchemaRequest,
+    6: SchemaPage,
+    7: OpenExchange,
+    8: ExchangeOpened,
+    9: ExchangeRefused,
+    10: Fragment,
+    11: Delta,
+    12: FinishExchange,
+}
+"""What each number on the wire has meant since protocol 1. Append only, here as there."""
+
+KNOWN_FRAMES = [
+    (Ping(sequence=7), "00000003 00000000 92 03 07"),
+    (Fragment(exchange=1, index=2, received=3), "00000005 00000000 94 0a 01 02 03"),
+    (Refusal(reason="why"), "00000006 00000000 92 01 a3 77 68 79"),
+]
+"""Bytes that a node of this protocol has always sent for these."""
+
+SMALL_BYTES = 4 * 1024
+"""What a claim in a short header may cost: the unpacker's own state, and nothing in proportion."""
+
+WORST_BYTES = 4 * 1024 * 1024
+"""What 64 KiB of lists of 256 may cost, nested as deep as the unpacker goes (1024)."""
+
+SEEDED = settings(derandomize=True, deadline=None, max_examples=70)
+THOROUGH = settings(SEEDED, max_examples=120)
+
+# --------------------------------------------------------------------------------------- messages
+
+
+def text(limit, *, at_least=0):
+    """Printable text; categories C and Z are what Python calls unprintable, but for the space."""
+    characters = st.characters(exclude_categories=["C", "Z"]) | st.just(" ")
+    return st.text(characters, min_size=at_least, max_size=limit)
+
+
+counters = st.integers(0, 2**63)
+indexes = st.integers(0, 2**32)
+weights = st.floats(0, 1e12)
+node_ids = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=8, max_size=64).map(NodeId)
+runs = st.builds(
+    RunInfo, run=text(64), schema=text(16), started=st.booleans(), exchanged=st.booleans()
+)
+addresses = (
+    st.ip_addresses()
+    .map(str)
+    .flatmap(lambda host: st.integers(1, 65535).map(lambda port: Address(host, port)))
+)
+members = st.builds(
+    Member,
+    node=node_ids,
+    name=text(64),
+    incarnation=st.integers(0, INCARNATION_LIMIT - 1),
+    state=st.sampled_from(State),
+    addresses=st.lists(addresses, max_size=3).map(tuple),
+    runs=st.lists(runs, max_size=3).map(tuple),
+)
+entries = st.builds(
+    SchemaEntry,
+    name=text(256),
+    shape=st.lists(st.integers(0, 2**40), max_size=16).map(tuple),
+    dtype=text(16),
+)
+messages = st.one_of(
+    st.builds(
+        Hello,
+        protocol=st.just(PROTOCOL),
+        name=text(64),
+        purpose=st.sampled_from(Purpose),
+        member=members,
+    ),
+    st.builds(Refusal, reason=text(500)),
+    st.builds(Members, members=st.lists(members, max_size=4).map(tuple), reply=st.booleans()),
+    st.builds(Ping, sequence=counters),
+    st.builds(Ack, sequence=counters),
+    st.builds(SchemaRequest, run=text(64), start=indexes),
+    st.builds(
+        SchemaPage,
+        run=text(64),
+        start=indexes,
+        total=indexes,
+        entries=st.lists(entries, max_size=4).map(tuple),
+    ),
+    st.builds(
+        OpenExchange,
+        exchange=counters,
+        run=text(64),
+        schema=text(16),
+        weight=weights,
+        start=indexes,
+        pull=st.booleans(),
+        started=st.booleans(),
+        exchanged=st.booleans(),
+    ),
+    st.builds(ExchangeOpened, exchange=counters, weight=weights),
+    st.builds(ExchangeRefused, exchange=counters, reason=text(500), unknown=st.booleans()),
+    st.builds(Fragment, exchange=counters, index=indexes, received=indexes),
+    st.builds(Delta, exchange=counters, index=indexes, halved=st.booleans()),
+    st.builds(FinishExchange, exchange=counters),
+)
+
+
+def header_of(message):
+    frame = wire.encode(message)
+    header_bytes, body_bytes = wire.parse_prefix(frame[: wire.PREFIX_BYTES])
+    assert (header_bytes, body_bytes) == (len(frame) - wire.PREFIX_BYTES, 0)
+    return frame[wire.PREFIX_BYTES :]
+
+
+def decoded_or_refused(header):
+    """The one promise about any bytes; any other exception fails the test."""
+    try:
+        message = wire.decode(header)
+    except RemoteProtocolError:
+        return None
+    assert type(message) in {*NUMBERS.values(), OtherVersion}
+    return message
+
+
+# ------------------------------------------------------------------------------------- round trip
+
+
+@THOROUGH
+@given(messages)
+def test_every_message_arrives_as_it_was_sent(message):
+    assert wire.decode(header_of(message)) == message
+
+
+@SEEDED
+@given(messages, st.integers(0, wire.BODY_LIMIT_BYTES))
+def test_a_frame_says_how_long_the_body_behind_it_is(message, body_bytes):
+    frame = wire.encode(message, body_bytes)
+    assert wire.parse_prefix(frame[: wire.PREFIX_BYTES])[1] == body_bytes
+
+
+def test_the_numbers_on_the_wire_never_change():
+    assert dict(enumerate(kind for kind, _ in wire.MESSAGES)) == NUMBERS
+
+
+@pytest.mark.parametrize(("message", "frame"), KNOWN_FRAMES, ids=lambda v: type(v).__name__)
+def test_known_messages_have_known_bytes(message, frame):
+    assert wire.encode(message) == bytes.fromhex(frame)
+
+
+def test_a_message_that_does_not_fit_is_our_own_mistake():
+    with pytest.raises(LocalProtocolError):
+        wire.encode(Ping(sequence=1), wire.BODY_LIMIT_BYTES + 1)
+    with pytest.raises(LocalProtocolError):
+        wire.encode(Refusal(reason="x" * wire.HEADER_LIMIT_BYTES))
+
+
+# --------------------------------------------------------------------------------- other versions
+
+plain_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | text(20),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=5,
+)
+
+
+@SEEDED
+@given(st.integers(0, 2**31).filter(lambda n: n != PROTOCOL), text(64), st.lists(plain_values))
+@example(protocol=2, name="newer", further=[["a", 1], None, 2.5])
+def test_a_hello_of_another_version_is_understood_as_far_as_its_name(protocol, name, further):
+    header = msgpack.packb([0, protocol, name, *further])
+    assert wire.decode(header) == OtherVersion(protocol=protocol, name=name)
+
+
+@SEEDED
+@given(messages, st.lists(plain_values, min_size=1, max_size=3))
+def test_fields_that_a_newer_version_appended_are_ignored(message, further):
+    fields = msgpack.unpackb(header_of(message))
+    assert wire.decode(msgpack.packb([*fields, *further])) == message
+
+
+@SEEDED
+@given(members, st.lists(plain_values, min_size=1, max_size=3))
+def test_fields_that_a_newer_version_appended_to_a_row_are_ignored(member, further):
+    number, (row,), reply = msgpack.unpackb(header_of(Members(members=(member,), reply=True)))
+    header = msgpack.packb([number, [[*row, *further]], reply])
+    assert wire.decode(header) == Members(members=(member,), reply=True)
+
+
+# ---------------------------------------------------------------------------------------- garbage
+
+
+@SEEDED
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(header):
+    decoded_or_refused(header)
+
+
+@SEEDED
+@given(messages, st.data())
+def test_a_truncated_message_is_refused(message, data):
+    header = header_of(message)
+    cut = header[: data.draw(st.integers(0, len(header) - 1))]
+    assert decoded_or_refused(cut) is None
+
+
+@THOROUGH
+@given(messages, st.data())
+def test_a_damaged_message_is_another_message_or_refused(message, data):
+    header = bytearray(header_of(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    decoded_or_refused(bytes(header))
+
+
+@THOROUGH
+@given(st.integers(-1, len(NUMBERS) + 1), st.lists(plain_values, max_size=10))
+def test_fields_of_any_other_type_are_refused(number, fields):
+    decoded_or_refused(msgpack.packb([number, *fields]))
+
+
+@THOROUGH
+@given(messages, plain_values | st.binary(max_size=9) | st.just({}), st.data())
+def test_a_field_of_another_type_is_refused_or_checked(message, value, data):
+    fields = msgpack.unpackb(header_of(message))
+    fields[data.draw(st.integers(0, len(fields) - 1))] = value
+    decoded_or_refused(msgpack.packb(fields))
+
+
+class Bomb:
+    """What a pickle would run, if anybody unpickled it."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was unpacked",))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_refused_and_never_unpacked(protocol):
+    assert decoded_or_refused(pickle.dumps(Bomb(), protocol)) is None
+    assert decoded_or_refused(pickle.dumps([3, 7], protocol)) is None
+
+
+HOSTILE_HEADERS = {
+    "an empty header": b"",
+    "no list": b"\xc0",
+    "an empty list": b"\x90",
+    "an unknown message": b"\x91\xcc\xff",
+    "a negative message": b"\x92\xff\x07",
+    "true as a message number": b"\x92\xc3\x07",
+    "two messages in one": b"\x92\x03\x07\x92\x03\x07",
+    "a list of 4 billion": b"\xdd\xff\xff\xff\xff\x03",
+    "a list of 65535": b"\xdc\xff\xff\x03",
+    "text of 4 GiB": b"\x92\x01\xdb\xff\xff\xff\xffx",
+    "text of 64 KiB": b"\x92\x01\xda\xff\xffx",
+    "bytes of 4 GiB": b"\x92\x01\xc6\xff\xff\xff\xffx",
+    "bytes where text belongs": b"\x92\x01\xc4\x01x",
+    "a map of 4 billion": b"\x92\x03\xdf\xff\xff\xff\xff",
+    "a map of one": b"\x92\x03\x81\xa1a\x01",
+    "an extension of 4 GiB": b"\x92\x03\xc9\xff\xff\xff\xff\x01",
+    "a time stamp": b"\x92\x03\xd6\xff\x00\x00\x00\x00",
+    "text that is not UTF-8": b"\x92\x01\xa2\xff\xfe",
+    "text with a line break": b"\x92\x01\xa1\n",
+    "text with a surrogate": b"\x92\x01\xa3\xed\xa0\x80",
+    "a sequence of 2^64 - 1": b"\x92\x03\xcf" + b"\xff" * 8,
+    "a sequence that is no whole number": b"\x92\x03\xcb" + struct.pack(">d", 7.0),
+    "a weight that is not a number": b"\x93\x08\x01\xcb" + struct.pack(">d", float("nan")),
+    "an infinite weight": b"\x93\x08\x01\xcb" + struct.pack(">d", float("inf")),
+    "a negative weight": b"\x93\x08\x01\xcb" + struct.pack(">d", -1.0),
+    "lists in lists, 64 KiB deep": b"\x91" * wire.HEADER_LIMIT_BYTES,
+    "lists of 256 in lists, 64 KiB deep": b"\xdc\x01\x00" * (wire.HEADER_LIMIT_BYTES // 3),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_HEADERS)
+def test_a_hostile_header_is_refused(name):
+    assert decoded_or_refused(HOSTILE_HEADERS[name]) is None
+
+
+@pytest.mark.parametrize("name", HOSTILE_HEADERS)
+def test_no_claimed_length_makes_memory_be_taken(name):
+    header = HOSTILE_HEADERS[name]
+    decoded_or_refused(header)  # what is made once and kept is no answer to a claim
+    limit = SMALL_BYTES if len(header) < 100 else WORST_BYTES
+    before, peak = taken_by(lambda: decoded_or_refused(header))
+    assert peak < limit
+    assert before < 1024, "something was kept"
+
+
+def test_the_most_expensive_header_takes_no_more_than_its_bound():
+    """One byte makes an empty list, which takes 56 and 8 for the pointer to it."""
+    header = msgpack.packb([2, [[[]] * 255] * 253, True])
+    assert 0.99 * wire.HEADER_LIMIT_BYTES < len(header) < wire.HEADER_LIMIT_BYTES
+    _, peak = taken_by(lambda: decoded_or_refused(header))
+    assert peak < 65 * wire.HEADER_LIMIT_BYTES
+
+
+def taken_by(act):
+    """(bytes that `act` left behind, the most that it held)."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        act()
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return after - before, peak - before
+
+
+# ---------------------------------------------------------------------------------------- lengths
+
+
+@SEEDED
+@given(st.binary(min_size=wire.PREFIX_BYTES, max_size=wire.PREFIX_BYTES))
+@example(b"\xff" * 8)
+@example(b"\x00\x01\x00\x00\x00\x10\x00\x00")
+@example(b"\x00\x01\x00\x01\x00\x00\x00\x00")
+@example(b"\x00\x00\x00\x00\x00\x10\x00\x01")
+def test_lengths_are_within_their_limits_or_refused(prefix):
+    claimed = struct.unpack(">II", prefix)
+    fits = claimed[0] <= wire.HEADER_LIMIT_BYTES and claimed[1] <= wire.BODY_LIMIT_BYTES
+    if fits:
+        assert wire.parse_prefix(prefix) == claimed
+    else:
+        with pytest.raises(RemoteProtocolError, match="too large"):
+            wire.parse_prefix(prefix)
+
+
+class Replay:
+    """A stream that brings these bytes, then waits for ever."""
+
+    peer, remote = NodeId("aaaaaaaa"), "replay"
+
+    def __init__(self, data):
+        self.left = data
+
+    async def send_all(self, data):
+        raise AssertionError
+
+    async def receive_into(self, view):
+        if not self.left:
+            await trio.sleep_forever()
+        piece, self.left = self.left[: len(view)], self.left[len(view) :]
+        view[: len(piece)] = piece
+        return len(piece)
+
+    async def aclose(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "lengths", [(2**32 - 1, 0), (0, 2**32 - 1), (2**16 + 1, 0), (5, 2**20 + 1)]
+)
+def test_a_frame_longer_than_the_limit_is_refused_before_anything_is_allocated(lengths):
+    async def main():
+        stream = Replay(struct.pack(">II", *lengths) + b"x" * 100)
+        reader = FrameReader(stream)
+        tracemalloc.start()
+        try:
+            with pytest.raises(RemoteProtocolError, match="too large"):
+                await reader.message(timeout_s=60, bodies=True)
+            return len(stream.left), tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    unread, peak = trio.run(main)
+    assert unread == 100, "something was read for it"
+    assert peak < SMALL_BYTES
+
+
+def test_a_body_where_none_belongs_is_refused_before_it_is_read():
+    async def main():
+        stream = Replay(wire.encode(Ping(sequence=1), body_bytes=100) + b"x" * 100)
+        with pytest.raises(RemoteProtocolError, match="body"):
+            await FrameReader(stream).message(timeout_s=60)
+        return stream.left
+
+    assert len(trio.run(main)) > 100
+
+
+def test_a_stream_of_random_bytes_ends_in_a_refusal():
+    """Frames whose lengths are right and whose headers are not, as a fuzzer would send them."""
+
+    async def main(data):
+        with pytest.raises(RemoteProtocolError):
+            await FrameReader(Replay(data)).message(timeout_s=60, bodies=True)
+
+    rng = Random(7)
+    for _ in range(200):
+        header = rng.randbytes(rng.randint(1, 64))
+        trio.run(main, struct.pack(">II", len(header), 0) + header + rng.randbytes(100))
