@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,12 @@ from mesh.errors import MeshError, UsageError
 from mesh.settings import host_directory, parse_address
 
 PEERS_KEPT = 64
+
+CLOCK_ORIGIN_S = 1_577_836_800
+"""2020-01-01 in Unix seconds: incarnations that begin with the clock stay small until 2050."""
+
+OWN_FILES = {"node.pem", "mesh.json", "lock", "incarnation"}
+"""By these a state directory of ours is known."""
 
 
 def private_directory(path: Path) -> Path:
@@ -38,6 +45,12 @@ def private_directory(path: Path) -> Path:
     if status.st_uid != os.getuid():
         raise MeshError(f"{path} belongs to another user; choose another with --state")
     if status.st_mode & 0o077:
+        held = {entry.name for entry in path.iterdir()}
+        if held and not held & OWN_FILES:
+            raise MeshError(
+                f"{path} is open to other users and holds other things; "
+                "choose a directory of its own with --state"
+            )
         path.chmod(0o700)
     return path
 
@@ -122,9 +135,11 @@ class StateDirectory:
         try:
             first = int((self.path / "incarnation").read_text())
         except (OSError, ValueError):
-            first = 1
+            first = 0
         if not 0 < first < INCARNATION_LIMIT // 2:
-            first = 1  # damaged: the mesh's rumours of this node raise it again
+            # New, or the file is gone while the node's key is kept: the clock is above what this
+            # node used before, unless it is wrong; then the mesh's rumours of it raise it.
+            first = max(1, int(time.time()) - CLOCK_ORIGIN_S)
         self.store_incarnation(first + INCARNATION_BLOCK)
         return first
 

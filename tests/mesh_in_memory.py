@@ -145,5 +145,5 @@ async def memory_mesh(rng, count=0, weather=None, **start) -> AsyncIterator[Memo
 async def until(condition, timeout_s=60.0, step_s=0.02):
     """Waits in virtual time."""
     with trio.fail_after(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (a condition of many nodes has no one event)
             await trio.sleep(step_s)

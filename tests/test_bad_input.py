@@ -775,6 +775,12 @@ class BadResponder:
         self._listener.close()
 
 
+def exchange_now(node, training):
+    """The training gives its offer back and wants an exchange, once there is a partner for it."""
+    until(lambda: node.status()["runs"][0]["partners"] == 1, "there is a partner")
+    training.link.send(op="meet")
+
+
 def answer_with(make):
     def answer(connection, opening, training):
         connection.say(ExchangeOpened(exchange=opening.exchange, weight=1.0))
@@ -829,7 +835,7 @@ def test_a_bad_answer_ends_the_exchange_and_changes_nothing(
     before, member = counted(), next(accomplices)
     responder = BadResponder(member, training)
     control = member.greeted(port, **responder.row)
-    training.link.send(op="meet")  # gives its offer back and wants an exchange, now
+    exchange_now(target, training)
     connection = responder.accept()
     opening = connection.hear()
     with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -849,7 +855,7 @@ def test_a_peer_whose_address_leads_back_to_the_node_is_survived(bad, port, targ
     failed = run["exchanges"]["failed"]
     info = RunInfo(run=training.run, schema=training.schema, started=True, exchanged=True)
     control = bad.greeted(port, addresses=(Address("127.0.0.1", port),), runs=(info,))
-    training.link.send(op="meet")
+    exchange_now(target, training)
     until(
         lambda: target.status()["runs"][0]["exchanges"]["failed"] > failed, "it tried to exchange"
     )
@@ -865,7 +871,7 @@ def test_a_damaged_incarnation_does_not_reach_into_the_numbers_of_exchanges(bad,
     training = NumpyTraining(good, np.ones(4, np.float32))
     responder = BadResponder(bad, training)
     control = bad.greeted(good.port, **responder.row)
-    training.link.send(op="meet")
+    exchange_now(good, training)
     connection = responder.accept()
     assert isinstance(connection.hear(), OpenExchange)
     for each in (connection, control, responder, training):

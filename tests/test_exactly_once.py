@@ -103,7 +103,6 @@ def applied_twice(self, initiator, exchange_number, index, received):
     while record.kept and record.kept[0][0] < received:
         self._release(record.kept.popleft()[1])
     record.applied = index
-    return None
 
 
 def test_a_responder_that_applies_a_repeated_fragment_twice_fails_the_same_test(monkeypatch):

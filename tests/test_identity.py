@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh import identity, wire
+from mesh.core.membership import INCARNATION_BLOCK
 from mesh.core.messages import Address, Hello
 from mesh.errors import IdentityError, MeshError, UsageError
 from mesh.identity import (
@@ -494,8 +495,14 @@ def test_incarnations_only_rise_from_start_to_start(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"-5", b"many", b"9" * 5000, b"\xff"])
-def test_a_damaged_incarnation_begins_again(tmp_path, damage):
+def test_a_damaged_incarnation_begins_above_what_a_node_can_have_used(tmp_path, damage):
     (tmp_path / "incarnation").write_bytes(damage)
+    used_before = 3000 * INCARNATION_BLOCK
+    assert StateDirectory(tmp_path).reserve_incarnations() > used_before
+
+
+def test_with_neither_file_nor_clock_incarnations_begin_at_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 86_400.0)  # a Raspberry Pi in 1970
     assert StateDirectory(tmp_path).reserve_incarnations() == 1
 
 
@@ -661,3 +668,15 @@ def test_another_protocol_over_tls_is_no_peer(host, node):
     openssl(*arguments, data=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     until(lambda: node.refused("protocol") > before, "it is counted")
     assert node.status()["ok"]
+
+
+def test_a_directory_that_holds_other_things_is_not_closed_to_its_users(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    shared.chmod(0o755)
+    (shared / "thesis.txt").touch()
+    with pytest.raises(MeshError, match="a directory of its own"):
+        private_directory(shared)
+    assert shared.stat().st_mode & 0o777 == 0o755
+    (shared / "thesis.txt").unlink()
+    assert private_directory(shared).stat().st_mode & 0o777 == 0o700

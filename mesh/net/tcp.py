@@ -122,6 +122,7 @@ class TcpTransport:
         self._refused = refused
         self._wanted_port = port
         self._port = port or DEFAULT_PORT
+        self._bound = False
         self._interfaces = interfaces
         self._handshakes: Counter[str] = Counter()
 
@@ -160,18 +161,20 @@ class TcpTransport:
 
     def _listen(self, host: str) -> socket.socket | None:
         """A listening socket; None if this host cannot be bound now. Raises UsageError."""
-        movable = self._wanted_port is None and self._port == DEFAULT_PORT
+        movable = self._wanted_port is None and not self._bound
         try:
             listener = _listener(host, self._port)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                return None  # the address is not up, or this kernel has no IPv6
+            if error.errno != errno.EADDRINUSE or self._bound:
+                return (
+                    None  # not up, no IPv6 in this kernel, or another's: others reach us elsewhere
+                )
             if not movable:
                 raise UsageError(
                     f"port {self._port} is taken on {host}; choose another with --port"
                 ) from None
             listener = _listener(host, 0)  # a second node on this machine
-        self._port = listener.getsockname()[1]
+        self._port, self._bound = listener.getsockname()[1], True
         return listener
 
     async def _accept(
