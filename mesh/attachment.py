@@ -40,6 +40,8 @@ class Attachment:
         self._process: NodeProcess | None = None
         self._retry_at = 0.0
         self._retry_s = FIRST_RETRY_S
+        self._met = False
+        """other replicas have met this one: what it holds is the mesh's"""
         self.session: Session | None = None
         """None while the node is gone"""
         self.began: str | None = None
@@ -115,16 +117,18 @@ class Attachment:
         before = self.began is not None
         session, how = Session.attach(
             control,
-            {**self._request, "started": before, "exchanged": before},
+            {**self._request, "started": before, "exchanged": self._met},
             self._tensors.fill,
             begin_s,
         )
         if how == "donor":
             self._tensors.load(session.offered)
         session.posted[:] = session.offered
+        self._met |= how == "donor"
         self.session, self.began = session, self.began or how
 
     def _drop(self) -> None:
         if self.session is not None:
+            self._met |= self.session.peers > 0
             self.session.close()
             self.session = None

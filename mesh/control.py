@@ -67,7 +67,11 @@ class Control:
         """Accepts connections until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                connection, _ = await listener.accept()
+                try:
+                    connection, _ = await listener.accept()
+                except OSError:
+                    await trio.sleep(0.1)  # out of descriptors: those in use will end
+                    continue
                 if self._connections >= CONNECTIONS_LIMIT or not _is_own_user(connection):
                     connection.close()
                     continue

@@ -67,6 +67,7 @@ class Conversation:
                     pull=record.pull,
                     started=info.started,
                     exchanged=info.exchanged,
+                    progress=info.progress,
                 )
             )
             if record.fragments == 1:
@@ -161,7 +162,7 @@ class Conversation:
         record, replica = self._record, self._run.replica
         record.delta_arrived(message.index)
         if record.pull:
-            record.square_distance += replica.take(message.index, body)
+            record.square_distance += replica.take(message.index, body, self._run.taken)
         else:
             step = share(weight, self._run.spec.weight, halved=message.halved)
             record.square_distance += replica.apply(message.index, body, step)

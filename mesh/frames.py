@@ -13,27 +13,37 @@ JOIN_BYTES: Final = 128 * 1024
 """Bodies up to this travel behind their header in one call: the copy costs 10 us, a second call and
 the other end's second wake-up cost more."""
 
+SEND_S: Final = 60.0
+"""For one frame: 1 MiB at 20 kB/s. The kernel reports a dead peer sooner where it can."""
+
 
 async def send_frame(
     stream: Stream, message: Message, body: memoryview | bytes = b"", *, before: bytes = b""
 ) -> int:
     """Sends one frame, behind a frame without body that was encoded `before`; returns the length."""
     header = before + wire.encode(message, len(body))
-    if len(body) <= JOIN_BYTES:
-        await stream.send_all(header + bytes(body))
-    else:
-        await stream.send_all(header)
-        await stream.send_all(body)
-    return len(header) + len(body)
+    with trio.move_on_after(SEND_S):
+        if len(body) <= JOIN_BYTES:
+            await stream.send_all(header + bytes(body))
+        else:
+            await stream.send_all(header)
+            await stream.send_all(body)
+        return len(header) + len(body)
+    raise PeerTimeout(f"a frame of {len(body)} bytes was not taken within {SEND_S:g} s")
 
 
-async def receive_exactly(stream: Stream, view: memoryview) -> None:
-    """Fills `view`. Raises StreamLost if the stream ends before."""
-    while len(view):
-        received = await stream.receive_into(view)
-        if not received:
-            raise StreamLost("connection closed by the other end")
-        view = view[received:]
+async def receive_exactly(stream: Stream, view: memoryview, timeout_s: float) -> None:
+    """Fills `view`. Raises StreamLost if the stream ends before, PeerTimeout if nothing comes for
+    timeout_s: a slow peer that goes on is waited for, however long a fragment takes it."""
+    with trio.move_on_after(timeout_s) as patience:
+        while len(view):
+            received = await stream.receive_into(view)
+            if not received:
+                raise StreamLost("connection closed by the other end")
+            view = view[received:]
+            patience.deadline = trio.current_time() + timeout_s
+        return
+    raise PeerTimeout(f"nothing came for {timeout_s:g} s")
 
 
 class FrameReader:
@@ -49,24 +59,19 @@ class FrameReader:
 
         Raises PeerTimeout, StreamLost, or RemoteProtocolError (a body where `bodies` is false).
         """
-        with trio.move_on_after(timeout_s):
-            prefix = self._buffer[: wire.PREFIX_BYTES]
-            await receive_exactly(self._stream, prefix)
-            header_bytes, body_bytes = wire.parse_prefix(prefix)
-            if body_bytes and not bodies:
-                raise RemoteProtocolError("a body where none belongs")
-            header = self._buffer[:header_bytes]
-            await receive_exactly(self._stream, header)
-            self.received_bytes += wire.PREFIX_BYTES + header_bytes + body_bytes
-            return wire.decode(header), body_bytes
-        raise PeerTimeout(f"nothing came for {timeout_s:g} s")
+        prefix = self._buffer[: wire.PREFIX_BYTES]
+        await receive_exactly(self._stream, prefix, timeout_s)
+        header_bytes, body_bytes = wire.parse_prefix(prefix)
+        if body_bytes and not bodies:
+            raise RemoteProtocolError("a body where none belongs")
+        header = self._buffer[:header_bytes]
+        await receive_exactly(self._stream, header, timeout_s)
+        self.received_bytes += wire.PREFIX_BYTES + header_bytes + body_bytes
+        return wire.decode(header), body_bytes
 
     async def body(self, view: memoryview, *, timeout_s: float) -> None:
         """The body of the last message, exactly len(view) bytes."""
-        with trio.move_on_after(timeout_s):
-            await receive_exactly(self._stream, view)
-            return
-        raise PeerTimeout(f"a body stopped for {timeout_s:g} s")
+        await receive_exactly(self._stream, view, timeout_s)
 
     async def drop_body(self, length: int, *, timeout_s: float) -> None:
         """Reads a body that nobody wants, to stay in step with the sender."""

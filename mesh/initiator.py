@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final
 
+import numpy as np
 import trio
 
 from mesh.conversation import Conversation, Refused
@@ -24,6 +25,8 @@ ATTEMPTS: Final = 3
 """Connections that may break in a row without one delta, before others get their turn."""
 
 RETRY_S: Final = 0.2
+IDLE_LIMIT: Final = 64
+"""Bulk connections kept for the next exchange with the same peer: a handshake takes 10 ms."""
 
 Connect = Callable[[NodeId, tuple[Address, ...]], Awaitable[Stream]]
 Emit = Callable[[ev.Event], Awaitable[None]]
@@ -49,6 +52,7 @@ class Initiator:
         self._info_of = info_of
         self._refused = refused
         self._idle: dict[NodeId, tuple[Stream, FrameReader]] = {}
+        """the one that was used longest ago comes first"""
 
     async def initiate(self, start: ev.StartExchange) -> None:
         """Performs one StartExchange and reports its ExchangeEnded."""
@@ -58,10 +62,16 @@ class Initiator:
         began = trio.current_time()
         record = self._record(run, start)
         run.current = record
+        if start.pull:
+            # Before a training begins its offer buffer is idle; one that trains is reading it.
+            idle = run.hand_over.offered if run.how is None else None
+            run.taken = np.empty_like(run.replica.weights) if idle is None else idle
         try:
             outcome, reason = await self._drive(run, record, start.addresses)
+            if start.pull and outcome is ev.Outcome.COMPLETED:
+                run.replica.fill(run.taken)
         finally:
-            run.current = None
+            run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)
         if self._runs.get(start.run) is run:
             await self._emit(
@@ -170,5 +180,7 @@ class Initiator:
         """One idle connection per peer; two runs at once may have opened two."""
         if peer in self._idle:
             await pooled[0].aclose()
-        else:
-            self._idle[peer] = pooled
+            return
+        self._idle[peer] = pooled
+        if len(self._idle) > IDLE_LIMIT:
+            await self._idle.pop(next(iter(self._idle)))[0].aclose()

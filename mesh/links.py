@@ -18,6 +18,7 @@ from mesh.core.messages import (
     Address,
     ControlMessage,
     Hello,
+    Message,
     NodeId,
     OtherVersion,
     Refusal,
@@ -27,6 +28,7 @@ from mesh.errors import (
     ConnectionRefused,
     IdentityError,
     MeshError,
+    PeerTimeout,
     RemoteProtocolError,
     StreamLost,
 )
@@ -75,8 +77,10 @@ async def greet(stream: Stream, own: Hello) -> Hello:
     """Swaps Hellos. Raises Incompatible, Itself, RemoteProtocolError or StreamLost."""
     if stream.peer == own.member.node:
         raise Itself("this address leads back to this node")
-    await send_frame(stream, own)
-    message, _ = await FrameReader(stream).message(timeout_s=GREETING_S)
+    message: Message | None = None
+    with trio.move_on_after(GREETING_S):
+        await send_frame(stream, own)
+        message, _ = await FrameReader(stream).message(timeout_s=GREETING_S)
     match message:
         case Hello():
             if message.member.node != stream.peer:
@@ -89,6 +93,8 @@ async def greet(stream: Stream, own: Hello) -> Hello:
             raise Incompatible(stream.peer, message.name, reason)
         case Refusal():
             raise StreamLost(f"refused: {message.reason}")
+        case None:
+            raise PeerTimeout(f"no Hello within {GREETING_S:g} s")
         case _:
             raise RemoteProtocolError(f"{type(message).__name__} before Hello")
 

@@ -124,7 +124,8 @@ class Node:
         self._started_at = 0.0
         self.addresses: tuple[Address, ...] = ()
         self.listening = trio.Event()
-        self._left = trio.Event()
+        self._awaited: dict[int, trio.Event] = {}
+        self._ended = False
 
     # ----------------------------------------------------------------------------------- life
 
@@ -150,8 +151,7 @@ class Node:
 
     async def leave(self) -> None:
         """Tells every peer that this node goes, and ends its connections."""
-        await self._put.send(ev.Leaving())
-        await self._left.wait()
+        await self._send_and_wait(ev.Leaving())
         await self._links.flush()
 
     def statistics(self) -> NodeStatistics:
@@ -222,8 +222,10 @@ class Node:
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
         if self._runs.get(run.name) is run:
+            # The name is free again only when the loop is done with it: nothing that was decided
+            # for this run may reach the next one.
+            await self._send_and_wait(ev.RunDetached(run=run.name))
             del self._runs[run.name]
-            await self._put.send(ev.RunDetached(run=run.name))
 
     def exchanged(self, run: Run) -> bool:
         """Whether this run's weights have met another node's."""
@@ -233,19 +235,35 @@ class Node:
     # ----------------------------------------------------------------------------------- loop
 
     async def _loop(self) -> None:
-        while True:
-            event: ev.Event | None = None
-            with trio.move_on_at(self._protocol.next_deadline()):
-                event = await self._take.receive()
-            now = trio.current_time()
-            if event is None:
-                effects = self._protocol.on_deadline(now)
-            else:
-                effects = self._protocol.handle(event, now)
-            for effect in effects:
-                self._perform(effect)
-            if isinstance(event, ev.Leaving):
-                self._left.set()
+        try:
+            while True:
+                await self._turn()
+        finally:
+            self._ended = True
+            for handled in self._awaited.values():
+                handled.set()
+
+    async def _turn(self) -> None:
+        event: ev.Event | None = None
+        with trio.move_on_at(self._protocol.next_deadline()):
+            event = await self._take.receive()
+        now = trio.current_time()
+        if event is None:
+            effects = self._protocol.on_deadline(now)
+        else:
+            effects = self._protocol.handle(event, now)
+        for effect in effects:
+            self._perform(effect)
+        if (handled := self._awaited.pop(id(event), None)) is not None:
+            handled.set()
+
+    async def _send_and_wait(self, event: ev.Event) -> None:
+        """Returns when the loop has handled the event and performed its effects, or has ended."""
+        if self._ended:
+            return
+        self._awaited[id(event)] = handled = trio.Event()
+        await self._put.send(event)
+        await handled.wait()
 
     def _perform(self, effect: ev.Effect) -> None:
         assert self._nursery is not None

@@ -85,16 +85,18 @@ class Replica:
         self._add(index, delta, -share)
         return distance
 
-    def take(self, index: int, body: memoryview) -> float:
-        """A newcomer's step: w = the donor's weights, exactly. Returns the square distance."""
-        w = self.weights[self.slice_of(index)]
+    def take(self, index: int, body: memoryview, into: Floats) -> float:
+        """A newcomer's step: `into` = the donor's weights, exactly. Returns the square distance.
+
+        `into` is a buffer like `weights`, to be used by fill() once it is whole.
+        """
+        w = into[self.slice_of(index)]
         given = self.codec.decode(body, self._decoded[: len(w)])
         if not math.isfinite(square_norm(given)):
             raise NotFinite(f"the donor's fragment {index} is not finite")
         difference = np.subtract(given, w, out=self._difference[: len(w)])
         distance = square_norm(difference)
         np.copyto(w, given)
-        self._norms[index] = square_norm(w)
         return distance
 
     def progress(self, index: int, posted: Floats, offered: Floats) -> bool:
@@ -139,14 +141,14 @@ class HandOver:
     def __init__(self, replica: Replica, posted: Floats, offered: Floats) -> None:
         self._replica = replica
         self._posted = posted
-        self._offered = offered
+        self.offered = offered
         self.refused = 0
         """fragments of posts that were not finite: the training diverged, the mesh did not"""
 
     def begin(self) -> None:
         """w = the training's first weights. Raises NotFinite."""
         self._replica.fill(self._posted)
-        np.copyto(self._offered, self._posted)
+        np.copyto(self.offered, self._posted)
 
     def merge(self) -> bool:
         """w += posted - offered: the training's progress since its last offer.
@@ -154,7 +156,7 @@ class HandOver:
         Fragments whose progress is not finite are left out and counted; False if there were any.
         """
         refused = sum(
-            not self._replica.progress(index, self._posted, self._offered)
+            not self._replica.progress(index, self._posted, self.offered)
             for index in range(self._replica.fragments)
         )
         self.refused += refused
@@ -162,4 +164,4 @@ class HandOver:
 
     def offer(self) -> None:
         """offered = w. Say so to the training right after."""
-        np.copyto(self._offered, self._replica.weights)
+        np.copyto(self.offered, self._replica.weights)

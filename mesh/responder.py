@@ -6,6 +6,7 @@ once; asked again, the kept reply goes out again. 2. Nothing waits between looki
 applying it. 3. What is not finite is refused before it touches anything.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -34,8 +35,10 @@ STALL_S: Final = 10.0
 IDLE_S: Final = 120.0
 """A bulk connection that carries nothing is closed after this; the initiator dials anew."""
 
-CONNECTIONS_LIMIT: Final = 64
-"""Bulk connections answered at once; each holds one header buffer and one fragment."""
+CONNECTIONS_LIMIT: Final = 256
+PEER_LIMIT: Final = 8
+"""Bulk connections answered at once, in all and of one peer (one for each run that it exchanges at the
+same moment); an idle one holds a descriptor and a header buffer of 64 kB."""
 
 
 class Responder:
@@ -56,18 +59,21 @@ class Responder:
         self._emit = emit
         self._info_of = info_of
         self._refused = refused
-        self._answering = 0
+        self._answering: Counter[NodeId] = Counter()
 
     async def answer(self, stream: Stream) -> None:
         """Answers one peer's exchanges until its connection ends."""
-        if self._answering >= CONNECTIONS_LIMIT:
+        peer = stream.peer
+        if self._answering.total() >= CONNECTIONS_LIMIT or self._answering[peer] >= PEER_LIMIT:
             await send_frame(stream, Refusal(reason="too many bulk connections"))
             return
-        self._answering += 1
+        self._answering[peer] += 1
         try:
             await self._answer(stream)
         finally:
-            self._answering -= 1
+            self._answering[peer] -= 1
+            if not self._answering[peer]:
+                del self._answering[peer]
 
     async def _answer(self, stream: Stream) -> None:
         reader = FrameReader(stream)
@@ -119,7 +125,7 @@ class Responder:
         if message.schema != info.schema:
             self._refused("schema")
             return "schema differs"
-        if not info.started:
+        if not info.started or run.how is None:
             return "no weights here yet"
         if message.pull:
             return "taking weights itself" if run.current and run.current.pull else None
@@ -130,6 +136,7 @@ class Responder:
             schema=message.schema,
             started=message.started,
             exchanged=message.exchanged,
+            progress=message.progress,
         )
         if relation(info, self._me, theirs, peer) is not Relation.AVERAGE:
             return "one of the two takes the other's weights first"

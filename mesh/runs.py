@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from mesh.codec import Floats
 from mesh.core.events import Begin, Beginning
 from mesh.core.exchange import Initiation, Responses
@@ -80,6 +82,8 @@ class Run:
     partners: Callable[[], int]
     """how many peers this run can be averaged with now"""
     current: Initiation | None = None
+    taken: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    """what a pull has brought so far: a donor that dies in the middle must not leave half a model"""
     unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     distances: deque[float] = field(default_factory=lambda: deque(maxlen=DISTANCES_KEPT))

@@ -41,6 +41,7 @@ class Tensors:
             if again.get(name) is not tensor:
                 raise UsageError(f"{name} is made anew by state_dict(): it cannot be averaged")
         self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
         self.entries = sum(tensor.numel() for tensor in self._tensors.values())
         if not self.entries:
             raise UsageError("the model's tensors are all empty: nothing can be averaged")
@@ -60,6 +61,11 @@ class Tensors:
                 what = "is gone" if name not in now else "was replaced"
                 raise UsageError(
                     f"the model changed: {name} {what} since join(); change layers first, then join"
+                )
+            if tensor.dtype != self._dtypes[name]:
+                raise UsageError(
+                    f"the model changed: {name} was {self._dtypes[name]}, is {tensor.dtype}; "
+                    "leave the `with` block and join again"
                 )
             if tensor.shape != self._shapes[name]:
                 raise UsageError(

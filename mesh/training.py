@@ -29,11 +29,14 @@ from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
 from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
 from mesh.tensors import Tensors
+from mesh.uninterrupted import uninterrupted
 
 EVALUATION_S: Final = 2.0
 """averaged() and close() wait this long for one exchange, so that what counts is the mesh's."""
 
 POLL_S: Final = 0.05
+NUMBER_LIMIT: Final = 1e6
+"""Of seconds and weights: a wait of eleven days is none, and samples can be counted in thousands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +94,8 @@ def join(
     if type(every) is not int or every < 1:
         raise UsageError(f"every={every!r}: a whole number of steps from 1")
     for name, value in (("weight", weight), ("patience", patience), ("sync_timeout", sync_timeout)):
-        if not math.isfinite(value) or value < 0:
-            raise UsageError(f"{name}={value!r}: a number from 0")
+        if not 0 <= value <= NUMBER_LIMIT:
+            raise UsageError(f"{name}={value!r}: a number from 0 to {NUMBER_LIMIT:g}")
     if weight == 0:
         raise UsageError("weight=0: a replica without weight would never be heard")
     tensors = Tensors(model)
@@ -197,18 +200,20 @@ class JoinedNode:
         session = self._attachment.session
         with self._attachment.or_alone():
             if session is not None:
-                session.meet()
+                with uninterrupted():
+                    session.meet()
                 _wait_for_offer(session)
         session = self._attachment.session
         if session is None:
             yield  # alone: the training's own weights are all there is
             return
         kept = self._tensors.copies()
-        self._tensors.load(session.offered)
         try:
+            self._tensors.load(session.offered)
             yield
         finally:
-            self._tensors.restore(kept)
+            with uninterrupted():
+                self._tensors.restore(kept)
 
     def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> bool:
         """Waits until this run is averaged with at least `n` peers; True.
@@ -274,23 +279,25 @@ class JoinedNode:
         self._post(session, waits=self._patience > 0)
         if self._patience and session.take_events(self._patience):
             # It arrived before any step was made since the post: it is the model.
-            self._tensors.merge(session.posted, session.offered)
-            session.fresh = False
+            with uninterrupted():
+                self._tensors.merge(session.posted, session.offered)
+                session.fresh = False
 
     def _post(self, session: Session, *, waits: bool) -> None:
         """Brings the offer in hand into the model, and the model's progress into `posted`."""
-        if session.fresh:
-            self._tensors.merge(session.posted, session.offered)
-        else:
-            self._tensors.collect(session.posted)
         loss = self._loss
-        session.post(
-            step=self._steps,
-            samples=self._samples,
-            loss=loss if loss is not None and math.isfinite(loss) else None,
-            waits=waits,
-            want=not waits and self._every == 1,
-        )
+        with uninterrupted():
+            if session.fresh:
+                self._tensors.merge(session.posted, session.offered)
+            else:
+                self._tensors.collect(session.posted)
+            session.post(
+                step=self._steps,
+                samples=self._samples,
+                loss=loss if loss is not None and math.isfinite(loss) else None,
+                waits=waits,
+                want=not waits and self._every == 1,
+            )
 
     def _hand_over_last(self, session: Session) -> None:
         """The last progress, and one exchange that carries it to a peer."""

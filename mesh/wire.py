@@ -136,7 +136,14 @@ _reason = _text(500)
 _name = _text(64)
 
 _address = _record(Address, host=_host, port=_whole(1, 65535))
-_run_info = _record(RunInfo, run=_run_name, schema=_text(16), started=_flag, exchanged=_flag)
+_run_info = _record(
+    RunInfo,
+    run=_run_name,
+    schema=_text(16),
+    started=_flag,
+    exchanged=_flag,
+    progress=_whole(0, 64),
+)
 _member = _record(
     Member,
     node=_node,
@@ -186,6 +193,7 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             pull=_flag,
             started=_flag,
             exchanged=_flag,
+            progress=_whole(0, 64),
         ),
     ),
     (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),

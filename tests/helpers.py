@@ -316,6 +316,7 @@ class BadMember:
             "pull": False,
             "started": True,
             "exchanged": True,
+            "progress": 0,
         }
         return OpenExchange(**{**fields, **changes})
 

@@ -296,19 +296,20 @@ def test_the_responder_keeps_no_more_than_the_window():
     assert responses.kept_replies == WINDOW
 
 
-def test_unfinished_exchanges_are_kept_and_new_ones_refused_when_there_are_too_many():
-    responses = Responses(2, lambda _: None)
-    for k in range(RECORDS_LIMIT):
-        node = NodeId(f"node{k:08}")
-        assert responses.open(node, 1, 0) is None
+def test_of_too_many_exchanges_the_finished_are_forgotten_first_then_the_oldest():
+    freed = []
+    responses = Responses(1, freed.append)
+    nodes = [NodeId(f"node{k:08}") for k in range(RECORDS_LIMIT + 2)]
+    for k, node in enumerate(nodes[:RECORDS_LIMIT]):
+        responses.open(node, 1, 0)
         responses.kept(node, 1, 0, 0)
         responses.applied(node, 1, 0, k)
-    assert "too many" in responses.open(A, 1, 0)
-    first = NodeId("node00000000")
-    responses.kept(first, 1, 1, 1)
-    responses.applied(first, 1, 1, 0)
-    responses.finish(first, 1)
-    assert responses.open(A, 1, 0) is None
+    responses.finish(nodes[5], 1)
+    for node in nodes[RECORDS_LIMIT:]:
+        assert responses.open(node, 1, 0) is None
+    assert freed == [5, 0]
+    assert "not known" in responses.open(nodes[0], 1, 1)
+    assert responses.open(nodes[1], 1, 1) is None
 
 
 def test_an_exchange_that_is_not_known_here_is_not_resumed():

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import trio
 
+from mesh import replica
 from mesh.core.messages import Address, SchemaEntry
 from mesh.errors import UsageError
+from mesh.net.simulated import Weather
+from mesh.responder import Responder
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 X = np.arange(6, dtype=np.float32)
@@ -176,6 +179,114 @@ def test_a_restarted_training_takes_the_mesh_as_its_donor():
             assert abs(again.x[0] - players[1].weights[0]) < 1e-3
 
     run_seeded(main, 8)
+
+
+@pytest.mark.parametrize(("far", "near"), [(1, 2), (2, 1)])
+def test_of_two_that_trained_alone_the_one_that_came_further_gives(far, near):
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            mesh.network.partition(frozenset({node_id(1)}), frozenset({node_id(2)}))
+            await trio.sleep(20)
+            players = {i: await mesh.attach(i, X, sync_timeout_s=0.1) for i in (1, 2)}
+            await until(lambda: all(p.begun == "alone" for p in players.values()))
+            for index, posts in ((far, 100), (near, 3)):
+                for _ in range(posts):
+                    players[index].run.offer()
+                    await players[index].post(1.0)
+                    await trio.sleep(0.01)
+            mesh.network.partition()
+            await until(lambda: all(p.node.exchanged(p.run) for p in players.values()), 60)
+            assert np.array_equal(players[near].weights, X + 100)
+            assert np.array_equal(players[far].weights, X + 100)
+
+    run_seeded(main, 16)
+
+
+def test_a_donor_that_refuses_once_is_asked_again_and_no_newcomer_gives_its_first_draw(monkeypatch):
+    refusals = iter(["not now"])
+    objection = Responder._objection
+
+    def refuse_once(self, peer, message):
+        return next(refusals, None) or objection(self, peer, message)
+
+    async def main(rng):
+        async with memory_mesh(rng, 3) as mesh:
+            donor = await mesh.attach(3, X)
+            await until(lambda: donor.begun == "alone")
+            await donor.post(1000.0)
+            monkeypatch.setattr(Responder, "_objection", refuse_once)
+            newcomers = [await mesh.attach(i, X * 0) for i in (1, 2)]
+            await until(lambda: all(p.begun for p in newcomers), 10)
+            assert [p.begun for p in newcomers] == ["donor", "donor"]
+            assert np.array_equal(donor.weights, X + 1000)
+
+    run_seeded(main, 17)
+
+
+def test_a_donor_that_dies_half_way_leaves_no_half_of_its_model(monkeypatch):
+    monkeypatch.setattr(replica, "FRAGMENT_ENTRIES", 4096)
+    large = np.ones(20 * 4096, dtype=np.float32)
+
+    async def main(rng):
+        weather = Weather(bytes_per_s=100e3)
+        async with memory_mesh(rng, 2, weather) as mesh:
+            mesh.network.partition(frozenset({node_id(1)}), frozenset({node_id(2)}))
+            await trio.sleep(20)
+            giver = await mesh.attach(1, large, sync_timeout_s=0.1)
+            taker = await mesh.attach(2, -large, sync_timeout_s=0.1)
+            await until(lambda: giver.begun and taker.begun)
+            for _ in range(10):
+                giver.run.offer()
+                await giver.post()
+                await trio.sleep(0.01)
+            mesh.network.partition()
+            await until(lambda: taker.run.current is not None and taker.run.current.applied > 5, 60)
+            mesh.crash(1)
+            await until(lambda: taker.run.current is None, 60)
+            taker.run.offer()
+            await taker.post()
+            assert set(np.unique(taker.weights)) == {-1.0}
+
+    run_seeded(main, 18)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_training_that_attaches_again_at_once_never_mixes_its_first_draw_into_the_mesh(seed):
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            a, b = await mesh.attach(1, X), await mesh.attach(2, X)
+            await until(lambda: a.begun and b.begun)
+            await until(lambda: a.node.exchanged(a.run) and b.node.exchanged(b.run))
+            await trio.sleep(rng.random())
+            a.run.offer()
+            await a.post(waits=True)
+            await mesh.nodes[1].detach(a.run)
+            again = await mesh.attach(1, X + 1e6)
+            await until(lambda: again.begun)
+            await trio.sleep(5)
+            assert again.begun == "donor"
+            assert abs(b.weights - X).max() < 1e-3
+
+    run_seeded(main, seed)
+
+
+def test_one_peer_on_a_bad_line_does_not_keep_the_others_waiting():
+    async def main(rng):
+        async with memory_mesh(rng, 4) as mesh:
+            players = [await mesh.attach(i, X) for i in range(1, 5)]
+            await until(lambda: all(p.begun for p in players), 5.0)
+            await until(lambda: all(p.node.exchanged(p.run) for p in players), 5.0)
+            mesh.network.partition(frozenset({node_id(4)}))  # cut, and not dead for 5 s yet
+            before = [p.run.counters.completed for p in players]
+            for _ in range(300):
+                for player in players[:3]:
+                    player.run.offer()
+                    await player.post()
+                await trio.sleep(0.2)
+            for player, done in zip(players[:3], before, strict=False):
+                assert player.run.counters.completed - done > 100
+
+    run_seeded(main, 19)
 
 
 # ------------------------------------------------------------------------------------- averaging

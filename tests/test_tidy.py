@@ -31,6 +31,7 @@ FLOORS = {
     "mesh/storage.py": 1,
     "mesh/client.py": 1,
     "mesh/session.py": 1,
+    "mesh/uninterrupted.py": 1,
     "mesh/launch.py": 1,
     "mesh/tensors.py": 1,
     "mesh/net": 2,

@@ -131,6 +131,35 @@ def test_the_averaged_block_gives_the_live_weights_back_exactly_even_after_an_er
         assert torch.equal(weights(model), live)
 
 
+def test_ctrl_c_in_the_middle_of_a_hand_over_counts_nothing_twice(places, monkeypatch):
+    """A notebook's user interrupts a cell, and goes on with the same model in the next one."""
+    with joined(places[0], 1, every=1) as (node, model, _):
+        for _ in range(5):
+            node.step()
+            time.sleep(0.01)  # so that an offer is in hand, and a boundary has all its passes
+        before = weights(model).clone()
+        sub = torch.sub
+
+        def interrupted(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+            return sub(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "sub", interrupted)
+        caught = 0
+        for _ in range(20):
+            try:
+                node.step()
+            except KeyboardInterrupt:
+                caught += 1
+            time.sleep(0.005)
+        monkeypatch.undo()
+        assert caught > 0
+        for _ in range(5):
+            node.step()
+            time.sleep(0.01)
+        assert torch.allclose(weights(model), before, atol=1e-6)
+
+
 def test_alone_it_starts_after_sync_timeout_and_says_so(places, caplog):
     with caplog.at_level(logging.WARNING, "mesh"), joined(places[0], 1) as (node, x, ox):
         assert "nobody else trains run 'toy' yet: starting alone" in caplog.text

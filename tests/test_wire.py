@@ -87,7 +87,12 @@ indexes = st.integers(0, 2**32)
 weights = st.floats(0, 1e12)
 node_ids = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=8, max_size=64).map(NodeId)
 runs = st.builds(
-    RunInfo, run=text(64), schema=text(16), started=st.booleans(), exchanged=st.booleans()
+    RunInfo,
+    run=text(64),
+    schema=text(16),
+    started=st.booleans(),
+    exchanged=st.booleans(),
+    progress=st.integers(0, 64),
 )
 addresses = (
     st.ip_addresses()
@@ -139,6 +144,7 @@ messages = st.one_of(
         pull=st.booleans(),
         started=st.booleans(),
         exchanged=st.booleans(),
+        progress=st.integers(0, 64),
     ),
     st.builds(ExchangeOpened, exchange=counters, weight=weights),
     st.builds(ExchangeRefused, exchange=counters, reason=text(500), unknown=st.booleans()),

@@ -95,9 +95,12 @@ class Averaging:
         return self._publish(self._infos())
 
     def posted(self, event: ev.Posted, now: float) -> list[ev.Effect]:
-        if event.run in self._runs:
-            self._runs[event.run].posted(now, waits=event.waits)
-        return []
+        run = self._runs.get(event.run)
+        if run is None:
+            return []
+        before = run.info
+        run.posted(now, waits=event.waits)
+        return [] if run.info == before else self._publish(self._infos())
 
     def exchange_ended(self, event: ev.ExchangeEnded, now: float) -> list[ev.Effect]:
         run = self._runs.get(event.run)

@@ -28,7 +28,8 @@ from mesh.errors import LocalProtocolError, RemoteProtocolError
 Reply = TypeVar("Reply")
 
 RECORDS_LIMIT = 32
-"""Unfinished exchanges that a responder keeps replies for: at most 32 windows of 8 MiB."""
+"""Exchanges that a responder keeps replies for: at most 32 windows of 8 MiB. Of nodes that died in the
+middle the oldest are forgotten; one that comes back after all is told so and begins anew."""
 
 
 def share(theirs: float, mine: float, *, halved: bool) -> float:
@@ -118,9 +119,9 @@ class Responses(Generic[Reply]):
             return "this exchange is not known here"
         if record is not None and exchange < record.exchange:
             raise RemoteProtocolError("exchange numbers of a node only rise")
-        if record is None and len(self._records) >= RECORDS_LIMIT and not self._forget_finished():
-            return "too many unfinished exchanges are kept here"
         self.forget(initiator)
+        if len(self._records) >= RECORDS_LIMIT:
+            self._forget_one()
         self._records[initiator] = _Record(exchange=exchange, applied=0)
         return None
 
@@ -173,9 +174,7 @@ class Responses(Generic[Reply]):
             raise RemoteProtocolError("a fragment of an exchange that was not opened")
         return record
 
-    def _forget_finished(self) -> bool:
-        done = next((node for node, record in self._records.items() if record.finished), None)
-        if done is None:
-            return False
-        del self._records[done]
-        return True
+    def _forget_one(self) -> None:
+        """Makes room: a finished exchange, else the one that was left alone for longest."""
+        done = (node for node, record in self._records.items() if record.finished)
+        self.forget(next(done, next(iter(self._records))))

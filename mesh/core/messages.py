@@ -60,6 +60,9 @@ class RunInfo:
     """its training has begun: its weights are its own, not a first draw"""
     exchanged: bool
     """its weights have met another's: they are the mesh's, to be taken by those that never met one"""
+    progress: int = 0
+    """how far it came before it met anybody: bits of its count of hand-overs, so that it changes
+    seldom; of two that trained alone the one that came further gives"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +167,7 @@ class OpenExchange:
     pull: bool
     started: bool
     exchanged: bool
+    progress: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,14 @@
 Rules: 1. One exchange at a time is initiated; any number is answered. 2. Every hand-over from the
 training makes one due; a run at rest goes on while replicas still differ, at a tenth of its time.
 3. Peers are random (each exchange contracts the variance by 1 - 1/(n-1); Boyd et al. 2006).
-4. First weights: a replica that never exchanged takes those of one that has; among replicas that
-never did, one whose training has not begun takes those of one whose has, else the lowest node id
-gives. Two that both exchanged (groups that trained apart) simply average.
+4. First weights: a replica that never exchanged takes those of one that has; of two that never did,
+the one whose training has not begun, or came less far, takes those of the other, else the lowest node
+id gives. Two that both exchanged (groups that trained apart) simply average.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
 
@@ -32,7 +32,9 @@ AGREED = 1e-10
 """Square distance over square norm under which replicas agree as far as float32 can tell."""
 
 COOL_OFF_S = 0.5
-"""A peer that refused or broke off is left alone this long; others are asked meanwhile."""
+SETBACKS_LIMIT = 6
+"""A peer that refused or broke off is left alone this long, twice as long each time in a row, up to
+32 s; others are asked meanwhile."""
 
 PULL_ATTEMPTS = 5
 """Donors that may fail a newcomer before it starts with its own weights after all."""
@@ -50,10 +52,14 @@ def relation(mine: RunInfo, me: NodeId, theirs: RunInfo, they: NodeId) -> Relati
     """Rule 4 above; relation(a, b) is TAKE exactly where relation(b, a) is GIVE."""
     if mine.exchanged and theirs.exchanged:
         return Relation.AVERAGE
-    my_rank, their_rank = (mine.exchanged, mine.started), (theirs.exchanged, theirs.started)
+    my_rank, their_rank = (_rank(info) for info in (mine, theirs))
     if my_rank == their_rank:
         return Relation.GIVE if me < they else Relation.TAKE
     return Relation.GIVE if my_rank > their_rank else Relation.TAKE
+
+
+def _rank(info: RunInfo) -> tuple[bool, bool, int]:
+    return info.exchanged, info.started, info.progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +102,9 @@ class Schedule:
         self._rest_at = math.inf
         self._waiting = False
         self._cool: dict[NodeId, float] = {}
+        self._setbacks: dict[NodeId, int] = {}
         self._failed_pulls = 0
+        self._posts = 0
         self._deadline = now
         self.info = info
         self.unfinished: set[NodeId] = set()
@@ -110,6 +118,9 @@ class Schedule:
         self._due = True
         self._waiting = waits
         self._deadline = now
+        self._posts += 1
+        if not self.info.exchanged:
+            self.info = replace(self.info, progress=self._posts.bit_length())
 
     def poke(self, now: float) -> None:
         """Something about the peers changed: decide again."""
@@ -129,14 +140,15 @@ class Schedule:
         rest_s = max(REST_S, REST_DUTY * event.duration_s)
         self._rest_at = now + rest_s
         if event.outcome is Outcome.COMPLETED:
+            self._setbacks.pop(event.peer, None)
             agreed = event.square_distance <= AGREED * event.square_norm
             if agreed and not event.pull:
                 self._rest_at = now + REST_DUTY * rest_s
         else:
-            self._cool[event.peer] = now + COOL_OFF_S
-            if event.pull and self._failed_pulls < PULL_ATTEMPTS:
-                self._failed_pulls += 1
-                self._alone_at = max(self._alone_at, now + 2 * COOL_OFF_S)
+            setbacks = self._setbacks.get(event.peer, 0)
+            self._setbacks[event.peer] = min(setbacks + 1, SETBACKS_LIMIT)
+            self._cool[event.peer] = now + COOL_OFF_S * 2**setbacks
+            self._failed_pulls += event.pull
             if event.outcome is Outcome.INTERRUPTED:
                 self.unfinished.add(event.peer)
         self._deadline = now
@@ -157,7 +169,10 @@ class Schedule:
         asked = [p for p in partners if p[0] not in self._cool]
         if self._cool:
             self._deadline = min(self._cool.values())
-        decision = self._exchange(now, asked) if self.info.started else self._first(now, asked)
+        if self.info.started:
+            decision: Start | GoAhead | None = self._exchange(now, asked)
+        else:
+            decision = self._first(now, partners)
         if isinstance(decision, Start):
             self._busy = True
             self._due = False
@@ -166,12 +181,14 @@ class Schedule:
     def _first(self, now: float, partners: Sequence[Partner]) -> Start | GoAhead | None:
         """A run that has not begun looks for weights: rule 4."""
         donors = [p for p in partners if p[1].started]
-        if donors:
-            veterans = [p for p in donors if p[1].exchanged]
-            return Start(peer=self._rng.choice(veterans or donors)[0], pull=True)
+        if donors and self._failed_pulls < PULL_ATTEMPTS:
+            asked = [p for p in donors if p[0] not in self._cool]
+            best = max((_rank(info) for _, info in asked), default=None)
+            best_donors = [node for node, info in asked if _rank(info) == best]
+            return Start(peer=self._rng.choice(best_donors), pull=True) if asked else None
         if not partners:
             return self._go_at(self._alone_at, now, Beginning.ALONE)
-        if self._me < min(node for node, _ in partners):
+        if not donors and self._me < min(node for node, _ in partners):
             return self._go_at(self._settled_at, now, Beginning.FIRST)
         return self._go_at(self._alone_at + FIRST_GRACE_S, now, Beginning.ALONE)
 

@@ -235,7 +235,10 @@ class TcpTransport:
         except (OSError, UnicodeError) as error:
             raise StreamLost(f"{address}: {_text(error)}") from None
         family, kind, protocol, _, where = found[0]
-        connection = socket.socket(family, kind, protocol)
+        try:
+            connection = socket.socket(family, kind, protocol)
+        except OSError as error:  # no IPv6 in this kernel, or out of descriptors
+            raise StreamLost(f"{address}: {_text(error)}") from None
         try:
             connection.setblocking(False)
             code = connection.connect_ex(where)
