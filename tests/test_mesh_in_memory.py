@@ -202,12 +202,17 @@ def test_of_two_that_trained_alone_the_one_that_came_further_gives(far, near):
     run_seeded(main, 16)
 
 
-def test_a_donor_that_refuses_once_is_asked_again_and_no_newcomer_gives_its_first_draw(monkeypatch):
-    refusals = iter(["not now"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_donor_that_refuses_once_is_asked_again_and_no_newcomer_gives_its_first_draw(
+    seed, monkeypatch
+):
+    refused = set()
     objection = Responder._objection
 
     def refuse_once(self, peer, message):
-        return next(refusals, None) or objection(self, peer, message)
+        first = peer not in refused
+        refused.add(peer)
+        return "not now" if first else objection(self, peer, message)
 
     async def main(rng):
         async with memory_mesh(rng, 3) as mesh:
@@ -220,7 +225,7 @@ def test_a_donor_that_refuses_once_is_asked_again_and_no_newcomer_gives_its_firs
             assert [p.begun for p in newcomers] == ["donor", "donor"]
             assert np.array_equal(donor.weights, X + 1000)
 
-    run_seeded(main, 17)
+    run_seeded(main, seed)
 
 
 def test_a_donor_that_dies_half_way_leaves_no_half_of_its_model(monkeypatch):
