@@ -44,6 +44,9 @@ class LocalSocket:
         try:
             self._socket.settimeout(timeout_s)
             self._socket.connect(control)
+        except (TimeoutError, BlockingIOError):
+            self._socket.close()
+            raise MeshError("the node does not answer: is it stopped?") from None
         except OSError as error:
             self._socket.close()
             raise NodeNotRunning(f"no node answers at {control}: {error.strerror}") from None

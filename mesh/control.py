@@ -54,12 +54,13 @@ class Control:
         self._stop = stop
         self._exits: deque[report.Exit] = deque(maxlen=EXITS_KEPT)
         self._connections = 0
-        self.linger_s = 0.0
-        """how long the node outlives the program that started it, to report a crash"""
+        self.linger_until = 0.0
+        """on trio's clock: till when the node outlives the program that started it"""
         self._answers: dict[str, Callable[[Request], dict[str, Any]]] = {
             "status": self._status,
             "peers": self._peers,
             "exited": self._exited,
+            "linger": self._linger,
             "leave": self._leave,
         }
 
@@ -117,7 +118,13 @@ class Control:
             self._exits.remove(entry)
         run = known[0].run if known else None
         self._note_exit(run, str(request.get("script"))[:500], pid, code)
-        self.linger_s = min(_real(request, "linger_s", 0.0, 3600.0), 3600.0)
+        return self._linger(request)
+
+    def _linger(self, request: Request) -> dict[str, Any]:
+        """Stay so long even if whoever started this node ends: its crash is to be read, or another
+        training is on its way to attach."""
+        until = trio.current_time() + _real(request, "linger_s", 0.0, 3600.0)
+        self.linger_until = max(self.linger_until, until)
         return {}
 
     def _leave(self, request: Request) -> dict[str, Any]:

@@ -153,8 +153,11 @@ def leave_mesh(state: Path) -> str | None:
         raise IdentityError(f"{state} is in no mesh")
     kept = state / "token"
     token = kept.read_text(errors="replace") if kept.exists() else None
-    for name in ("mesh.json", "ca.pem", "token", "peers.json"):
-        (state / name).unlink(missing_ok=True)
+    try:
+        for name in ("mesh.json", "ca.pem", "token", "peers.json"):
+            (state / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise MeshError(f"cannot change {state}: {error.strerror}") from None
     return token
 
 

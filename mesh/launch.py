@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Final
 
-from mesh.client import RunningNode, node_of_state
+from mesh.client import RunningNode, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.settings import NodeSettings
 
@@ -20,6 +20,7 @@ START_S: Final = 20.0
 
 STOP_S: Final = 8.0
 LOG_TAIL: Final = 500
+LOG_LIMIT_BYTES: Final = 1_000_000
 
 
 class NodeProcess:
@@ -37,8 +38,16 @@ class NodeProcess:
             self._process.stdin = None
 
     def stop(self) -> None:
-        """Ends the node politely; waits until it is gone."""
+        """Ends the node politely and waits until it is gone, unless others train on it: then it
+        goes on, and ends with the last of them."""
+        busy = False
+        with contextlib.suppress(MeshError):
+            busy = bool(ask(self.running, "status")["runs"])
         self.release()
+        if busy:
+            return
+        # Its lifeline may be held open by a forked worker of a data loader.
+        self._process.terminate()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -58,8 +67,13 @@ def make_mesh_if_none(settings: NodeSettings) -> None:
 def start_node(settings: NodeSettings) -> NodeProcess:
     """Starts a node and waits until it answers. Raises MeshError with what it said if it cannot."""
     log = settings.state / "node.log"
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "wb") as output:
+    try:
+        keep = os.O_APPEND if log.exists() and log.stat().st_size < LOG_LIMIT_BYTES else os.O_TRUNC
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | keep, 0o600)
+    except OSError as error:
+        raise MeshError(f"cannot write {log}: {error.strerror}") from None
+    with open(descriptor, "ab") as output:
+        began = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "mesh", settings.to_json()],
             stdin=subprocess.PIPE,
@@ -75,7 +89,10 @@ def start_node(settings: NodeSettings) -> NodeProcess:
                 if running.pid == process.pid:
                     return NodeProcess(process, running)
             if process.poll() is not None:
-                said = log.read_text(errors="replace").strip()[-LOG_TAIL:]
+                with contextlib.suppress(NodeNotRunning):
+                    # Another program started one in the same moment: theirs serves as well.
+                    return NodeProcess(process, node_of_state(settings.state))
+                said = log.read_bytes()[began:].decode(errors="replace").strip()[-LOG_TAIL:]
                 raise MeshError(f"the node did not start: {said.removeprefix('error: ')}")
             time.sleep(0.01)
     except BaseException:

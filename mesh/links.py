@@ -100,22 +100,34 @@ async def greet(stream: Stream, own: Hello) -> Hello:
 
 
 async def dial(
-    transport: Transport, addresses: Sequence[Address], own: Hello, wanted: NodeId | None
+    transport: Transport,
+    addresses: Sequence[Address],
+    own: Hello,
+    *,
+    wanted: NodeId | None = None,
+    proved_host: str = "",
 ) -> tuple[Stream, Hello]:
-    """Tries all addresses, a little apart; the first that greets wins.
+    """Tries all addresses, a little apart, `proved_host` first; the first that greets wins.
 
-    Raises what the most telling failure was: Incompatible, then Itself, ConnectionRefused, others.
+    If all of `proved_host` refuse, nothing else is waited for. Raises what the most telling failure
+    was: Incompatible, then ConnectionRefused, others, Itself.
     """
+    addresses = sorted(addresses, key=lambda address: address.host != proved_host)
+    proofs = sum(address.host == proved_host for address in addresses)
     winner: tuple[Stream, Hello] | None = None
     failures: list[MeshError] = []
 
     async def attempt(address: Address, delay_s: float, scope: trio.CancelScope) -> None:
-        nonlocal winner
+        nonlocal winner, proofs
         await trio.sleep(delay_s)
         try:
             stream = await transport.connect(address)
         except MeshError as error:
             failures.append(error)
+            if isinstance(error, ConnectionRefused) and address.host == proved_host:
+                proofs -= 1
+                if not proofs:
+                    scope.cancel()
             return
         try:
             hello = await greet(stream, own)
@@ -139,7 +151,7 @@ async def dial(
             nursery.start_soon(attempt, address, rank * STAGGER_S, nursery.cancel_scope)
     if winner is not None:
         return winner
-    for kind in (Incompatible, Itself, IdentityError, ConnectionRefused, MeshError):
+    for kind in (Incompatible, ConnectionRefused, IdentityError, StreamLost, MeshError):
         for failure in failures:
             if isinstance(failure, kind):
                 raise failure
@@ -168,7 +180,13 @@ class Links:
         self._links[number] = link
         try:
             await self._emit(
-                ev.PeerConnected(node=stream.peer, connection=number, hello=hello, contact=contact)
+                ev.PeerConnected(
+                    node=stream.peer,
+                    connection=number,
+                    hello=hello,
+                    contact=contact,
+                    host=stream.host,
+                )
             )
             with link.scope:
                 async with trio.open_nursery() as nursery:

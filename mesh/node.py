@@ -19,8 +19,9 @@ import trio
 from mesh.codec import Float32, Floats
 from mesh.core import events as ev
 from mesh.core.averaging import RUNS_LIMIT
+from mesh.core.membership import first_row
 from mesh.core.messages import PROTOCOL, Address, Hello, NodeId, Purpose, Refusal
-from mesh.core.protocol import MeshProtocol, first_row
+from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
 from mesh.errors import (
     ConnectionRefused,
@@ -343,7 +344,10 @@ class Node:
         refused, itself = False, False
         try:
             stream, hello = await dial(
-                self._transport, effect.addresses, self._hello(Purpose.CONTROL), None
+                self._transport,
+                effect.addresses,
+                self._hello(Purpose.CONTROL),
+                proved_host=effect.proved_host,
             )
         except Incompatible as error:
             await self._report_incompatible(error, effect.contact)
@@ -368,7 +372,9 @@ class Node:
     async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Stream:
         """Raises StreamLost also where only somebody else answers, or this node itself."""
         try:
-            stream, _ = await dial(self._transport, addresses, self._hello(Purpose.BULK), peer)
+            stream, _ = await dial(
+                self._transport, addresses, self._hello(Purpose.BULK), wanted=peer
+            )
         except (IdentityError, Incompatible, Itself) as error:
             raise StreamLost(str(error)) from None
         return stream

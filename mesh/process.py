@@ -33,6 +33,7 @@ REMEMBER_S: Final = 5.0
 """How often changed addresses of peers are written down for the next start."""
 
 LEAVE_S: Final = 3.0
+LINGER_POLL_S: Final = 0.1
 
 
 def run_node(
@@ -97,7 +98,11 @@ async def _main(
             await trio.lowlevel.wait_readable(0)
             if not os.read(0, 4096):
                 break
-        await trio.sleep(control.linger_s)
+        # Whoever started this node is gone; who else uses it, or reads its last words, is not.
+        while (  # noqa: ASYNC110 (no one event says both)
+            trio.current_time() < control.linger_until or node.statistics().runs
+        ):
+            await trio.sleep(LINGER_POLL_S)
         stop.set()
 
     try:
@@ -106,7 +111,10 @@ async def _main(
             if lifeline:
                 nursery.start_soon(hold_lifeline)
             nursery.start_soon(node.run)
-            await node.listening.wait()
+            await _first_of(node.listening, stop)
+            if stop.is_set():
+                nursery.cancel_scope.cancel()
+                return code
             listener = listen(path)
             nursery.start_soon(control.serve, listener)
             storage.announce(identity.node, identity.name, str(path))
@@ -119,6 +127,16 @@ async def _main(
     finally:
         path.unlink(missing_ok=True)
     return code
+
+
+async def _first_of(*events: trio.Event) -> None:
+    async def wait(event: trio.Event, scope: trio.CancelScope) -> None:
+        await event.wait()
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for event in events:
+            nursery.start_soon(wait, event, nursery.cancel_scope)
 
 
 def _make_node(

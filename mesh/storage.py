@@ -71,7 +71,8 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise MeshError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -92,7 +93,10 @@ class StateDirectory:
 
     def lock(self) -> None:
         """Claims the directory for this process until unlock(). Raises UsageError if it is taken."""
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise MeshError(f"cannot write {self.path}: {error.strerror}") from None
         self._lock = open(descriptor, "w")  # noqa: SIM115 (held until unlock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

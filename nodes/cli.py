@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     act: Callable[[argparse.Namespace], int] = arguments.act
     try:
         code = act(arguments)
-        sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
         return code
     except mesh.NodeNotRunning as error:
         return _fail(error, EXIT_NO_NODE)
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Somebody closed the pipe we print into (`mesh peers | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(error, EXIT_ERROR)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -27,7 +27,8 @@ def run(settings: mesh.NodeSettings, script: str, args: list[str]) -> int:
     own: mesh.NodeProcess | None = None
     try:
         running = mesh.find_node(str(settings.state))
-        if settings.peers or settings.interfaces or settings.port or not settings.mdns:
+        mesh.ask(running, "linger", linger_s=LINGER_S)  # it may be about to end with its starter
+        if settings != mesh.NodeSettings(state=settings.state):
             print("mesh: a node is up already and keeps its own settings", file=sys.stderr)
     except mesh.NodeNotRunning:
         own = mesh.start_node(settings)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mesh.core import events as ev
 from mesh.core.contacts import FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
-from mesh.core.detector import PING_INTERVAL_S, SILENCE_S, Detector
+from mesh.core.detector import SILENCE_S, Detector
 from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
-from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership
+from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
 from mesh.core.messages import (
     PROTOCOL,
     WINDOW,
@@ -24,7 +24,7 @@ from mesh.core.messages import (
     RunInfo,
     State,
 )
-from mesh.core.protocol import MeshProtocol, first_row
+from mesh.core.protocol import MeshProtocol
 from mesh.core.schedule import Relation, relation
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 
@@ -116,7 +116,7 @@ def test_of_two_crossed_connections_both_ends_keep_the_one_of_the_lower_id():
             for contacts, own, other in ((at_me, ME, A), (at_a, A, ME)):
                 contacts.suggest(AT, 0.0, source="mdns", node=other)
                 contact = other[:16] if dialler == own else None
-                contacts.connected(other, number, contact=contact, incarnation=1)
+                contacts.connected(other, number, contact=contact, incarnation=1, host="", now=0.0)
         kept_me, kept_a = at_me.connections[A], at_a.connections[ME]
         assert kept_me.number == kept_a.number
         assert kept_me.dialled_by == min(ME, A)
@@ -124,9 +124,9 @@ def test_of_two_crossed_connections_both_ends_keep_the_one_of_the_lower_id():
 
 def test_a_restarted_peer_replaces_the_connection_of_its_former_self():
     contacts = Contacts(ME, Random(1))
-    assert contacts.connected(A, 1, contact=None, incarnation=5) == (True, None)
-    assert contacts.connected(A, 2, contact=None, incarnation=6) == (True, 1)
-    assert contacts.connected(A, 3, contact=None, incarnation=5) == (False, None)
+    assert contacts.connected(A, 1, contact=None, incarnation=5, host="", now=0.0) == (True, None)
+    assert contacts.connected(A, 2, contact=None, incarnation=6, host="", now=0.0) == (True, 1)
+    assert contacts.connected(A, 3, contact=None, incarnation=5, host="", now=0.0) == (False, None)
     assert not contacts.lost(A, 1, 0.0)
     assert contacts.lost(A, 2, 0.0)
 
@@ -154,7 +154,7 @@ def test_a_node_does_not_dial_itself_or_whoever_is_connected():
     assert contacts.due(0.0) == []
     contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
     [due] = contacts.due(0.0)
-    contacts.connected(A, 1, contact=due.key, incarnation=1)
+    contacts.connected(A, 1, contact=due.key, incarnation=1, host="", now=0.0)
     contacts.suggest(AT, 1.0, source="member", node=A)
     assert contacts.due(1.0) == []
 
@@ -162,15 +162,37 @@ def test_a_node_does_not_dial_itself_or_whoever_is_connected():
 # --------------------------------------------------------------------------------------- detector
 
 
+def deaths(detector, until_s, start_s=0.0):
+    """When each death was told, looking as often as the detector asks to be looked at."""
+    found, now = {}, start_s
+    while now < until_s:
+        detector.due_pings(now)
+        found |= {node: now for node in detector.due_deaths(now)}
+        now = min(until_s, max(now + 0.01, detector.next_deadline()))
+    return found
+
+
 def test_five_silent_seconds_are_a_death_and_any_word_is_life():
     detector = Detector()
     detector.connected(A, 0.0)
-    pings = [detector.due_pings(t / 10)[:1] for t in range(30)]
-    assert sum(map(len, pings)) == 3 / PING_INTERVAL_S
-    detector.heard(A, 2.0)
-    assert detector.due_deaths(2.0 + SILENCE_S - 0.01) == []
-    assert detector.due_deaths(2.0 + SILENCE_S) == [A]
-    assert detector.due_deaths(99.0) == [], "told once"
+    assert deaths(detector, 4.9) == {}
+    detector.heard(A, 4.9)
+    assert deaths(detector, 30.0, 4.9) == {A: pytest.approx(4.9 + SILENCE_S, abs=0.02)}
+
+
+def test_a_disconnected_peer_is_dead_as_soon_after_its_last_word():
+    detector = Detector()
+    detector.connected(A, 0.0)
+    detector.disconnected(A)
+    assert deaths(detector, 30.0) == {A: pytest.approx(SILENCE_S, abs=0.02)}
+
+
+def test_a_process_that_was_stopped_itself_calls_nobody_dead():
+    detector = Detector()
+    detector.connected(A, 0.0)
+    detector.due_deaths(0.5)
+    assert detector.due_deaths(60.0) == []
+    assert deaths(detector, 90.0, 60.0) == {A: pytest.approx(60.0 + SILENCE_S, abs=0.02)}
 
 
 # --------------------------------------------------------------------------------------- protocol

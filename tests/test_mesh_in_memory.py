@@ -88,6 +88,42 @@ def test_a_cut_cable_is_a_death_after_five_silent_seconds_and_heals_by_itself():
     run_seeded(main, 3)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_partition_of_any_length_heals_without_anybody_announcing_itself_again(count):
+    async def main(rng):
+        async with memory_mesh(rng) as mesh:
+            mesh.start(1, discovery=False)
+            for index in range(2, count + 1):
+                mesh.start(
+                    index, discovery=False, candidates=[("cache", Address("10.0.0.1", 7710))]
+                )
+            await until(lambda: alive_everywhere(mesh), 3.0)
+            mesh.network.partition(*[frozenset({node_id(i)}) for i in mesh.nodes])
+            await trio.sleep(600)
+            assert not alive_everywhere(mesh)
+            mesh.network.partition()
+            await until(lambda: alive_everywhere(mesh), 60.0)
+
+    run_seeded(main, 20)
+
+
+def test_a_peer_that_hangs_up_at_once_again_and_again_is_dialled_ever_more_slowly():
+    """Two machines with one identity (a copied state directory) replace each other's connection."""
+
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            await until(lambda: alive_everywhere(mesh), 2.0)
+            losses = 0
+            for _ in range(600):
+                await trio.sleep(0.1)
+                if mesh.network._links:
+                    losses += 1
+                    mesh.network.lose_all()
+            assert losses < 60
+
+    run_seeded(main, 21)
+
+
 def test_a_node_that_leaves_is_looked_for_by_nobody():
     async def main(rng):
         async with memory_mesh(rng, 3) as mesh:

@@ -24,6 +24,9 @@ RUMOUR_ATTEMPTS = 6
 HINT_LENGTH = 16
 """Characters of a node id that mDNS announces: 80 bits, unique in any mesh."""
 
+STEADY_S = 5.0
+"""A connection that lived this long was a good one: if it ends, its node is dialled at once."""
+
 CONTACTS_LIMIT = 1024
 ADDRESSES_LIMIT = 16
 
@@ -42,6 +45,8 @@ class Contact:
     source: str = ""
     reason: str = ""
     """why it cannot be reached, as last said"""
+    host: str = ""
+    """where its node was found last"""
 
 
 @dataclass(slots=True)
@@ -52,6 +57,8 @@ class Connection:
     dialled_by: NodeId
     incarnation: int
     via: str
+    host: str
+    since: float
 
 
 class Contacts:
@@ -107,13 +114,12 @@ class Contacts:
             return None
         contact.dialling = False
         contact.attempts += 1
-        if itself:
+        if itself and contact.node is None:
             contact.attempts = RUMOUR_ATTEMPTS
         if contact.attempts >= RUMOUR_ATTEMPTS and not contact.by_hand:
             del self._contacts[key]
             return contact
-        delay = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(contact.attempts, 16))
-        contact.dial_at = now + delay * self._rng.uniform(0.75, 1.0)
+        contact.dial_at = now + self._back_off(contact)
         return contact
 
     def connected(
@@ -123,6 +129,8 @@ class Contacts:
         *,
         contact: str | None,
         incarnation: int,
+        host: str,
+        now: float,
     ) -> tuple[bool, int | None]:
         """A new connection passed both hellos.
 
@@ -131,11 +139,18 @@ class Contacts:
         via = "incoming"
         if contact is not None and contact in self._contacts:
             found = self._contacts[contact]
-            found.dialling, found.node, found.attempts = False, node, 0
+            found.dialling, found.node = False, node
             found.dial_at, found.reason = math.inf, ""
             via = found.source
         dialler = node if contact is None else self._own
-        new = Connection(number=number, dialled_by=dialler, incarnation=incarnation, via=via)
+        new = Connection(
+            number=number,
+            dialled_by=dialler,
+            incarnation=incarnation,
+            via=via,
+            host=host,
+            since=now,
+        )
         old = self.connections.get(node)
         if old is not None and not self._replaces(new, old):
             return False, None
@@ -148,10 +163,13 @@ class Contacts:
         if current is None or current.number != number:
             return False
         del self.connections[node]
+        lived = now - current.since >= STEADY_S
         for contact in self._contacts.values():
             if contact.node == node:
-                contact.attempts = 0
-                contact.dial_at = now
+                contact.host = current.host
+                # One that ends as soon as it is made, again and again, backs off like a failure.
+                contact.attempts = 0 if lived else contact.attempts + 1
+                contact.dial_at = now if lived else now + self._back_off(contact)
         return True
 
     def unreached(self) -> tuple[tuple[Address, str], ...]:
@@ -179,6 +197,10 @@ class Contacts:
         return min(
             (c.dial_at for c in self._contacts.values() if self._wants_dial(c)), default=math.inf
         )
+
+    def _back_off(self, contact: Contact) -> float:
+        delay: float = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(contact.attempts, 16))
+        return delay * self._rng.uniform(0.75, 1.0)
 
     def _wants_dial(self, contact: Contact) -> bool:
         return not contact.dialling and (

@@ -32,6 +32,7 @@ class Detector:
 
     def __init__(self) -> None:
         self._watches: dict[NodeId, _Watch] = {}
+        self._looked_at = -math.inf
 
     def connected(self, node: NodeId, now: float) -> None:
         watch = self._watches.get(node)
@@ -83,13 +84,19 @@ class Detector:
 
     def due_deaths(self, now: float) -> list[NodeId]:
         """Peers that were silent for too long; they are watched no more."""
+        if now - self._looked_at > 2 * PING_INTERVAL_S:
+            # This process was stopped or starved, not the others: what they said meanwhile waits.
+            for watch in self._watches.values():
+                watch.heard_at = now
+        self._looked_at = now
         silent = [n for n, w in self._watches.items() if now >= w.heard_at + SILENCE_S]
         for node in silent:
             del self._watches[node]
         return silent
 
     def next_deadline(self) -> float:
-        deadline = math.inf
+        # Looks every second, so that a longer gap between two looks is a stall of its own.
+        deadline = self._looked_at + PING_INTERVAL_S if self._watches else math.inf
         for watch in self._watches.values():
             deadline = min(deadline, watch.heard_at + SILENCE_S)
             if watch.connected:

@@ -37,6 +37,8 @@ class PeerConnected:
     connection: int
     hello: Hello
     contact: str | None
+    host: str = ""
+    """where the other end is, without its port"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +166,9 @@ class Dial:
 
     contact: str
     addresses: tuple[Address, ...]
+    proved_host: str = ""
+    """where this node was last time: if that refuses, its process is gone, whatever its other
+    addresses (docker's, a VPN's) say or fail to say"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,3 +115,15 @@ class Membership:
             return False
         del self._others[gone]
         return True
+
+
+def first_row(node: NodeId, name: str, incarnation: int, addresses: tuple[Address, ...]) -> Member:
+    """The row that a node starts with."""
+    return Member(
+        node=node,
+        name=name,
+        incarnation=incarnation,
+        state=State.ALIVE,
+        addresses=addresses,
+        runs=(),
+    )

@@ -7,6 +7,7 @@ A peer's trip: CandidateFound -> contacts -> Dial -> PeerConnected -> membership
 both tables agree. A step's trip: Posted -> schedule -> StartExchange -> ExchangeEnded -> Offer.
 """
 
+import math
 from collections.abc import Sequence
 from random import Random
 from typing import assert_never
@@ -34,6 +35,9 @@ from mesh.core.messages import (
 )
 from mesh.core.statistics import PeerStatistics, ProtocolStatistics
 
+SEARCH_S = 10.0
+"""How often members are looked for that nobody is connected to here: it may have been a partition."""
+
 STRANGERS_LIMIT = 64
 STRANGER_S = 90.0
 """Three missed dials after which a node of another version is not listed any more."""
@@ -58,6 +62,7 @@ class MeshProtocol:
         )
         self._strangers: dict[NodeId, tuple[PeerStatistics, float]] = {}
         self._ends: dict[NodeId, str] = {}
+        self._search_at = math.inf
         self._stored = own.incarnation + INCARNATION_BLOCK
 
     # ------------------------------------------------------------------------------ interface
@@ -101,6 +106,7 @@ class MeshProtocol:
             self._contacts.next_deadline(),
             self._detector.next_deadline(),
             self._gossip.next_deadline(),
+            self._search_at,
             self._averaging.next_deadline(),
         )
 
@@ -114,9 +120,11 @@ class MeshProtocol:
         peer = self._gossip.due_push_pull(self._contacts.connections, now)
         if peer is not None:
             effects += self._send(peer, *pages(self._membership.rows(), reply=True))
-            self._look_for_the_missing(now)
+        self._look_for_the_missing(now)
         for contact in self._contacts.due(now):
-            effects.append(ev.Dial(contact=contact.key, addresses=contact.addresses))
+            effects.append(
+                ev.Dial(contact=contact.key, addresses=contact.addresses, proved_host=contact.host)
+            )
         return effects + self._averaging.on_deadline(now)
 
     @property
@@ -156,6 +164,8 @@ class MeshProtocol:
             event.connection,
             contact=event.contact,
             incarnation=event.hello.member.incarnation,
+            host=event.host,
+            now=now,
         )
         if not kept:
             return [ev.Hangup(connection=event.connection, reason="already connected")]
@@ -233,13 +243,21 @@ class MeshProtocol:
         return effects
 
     def _look_for_the_missing(self, now: float) -> None:
-        """Members that nobody is connected to here: the living, and one of the dead (it may have
-        been a partition)."""
+        """Now and then: members that this node is not connected to, the living, and one of the
+        dead. mDNS does not say again what it said an hour ago."""
         missing = [
             m
             for m in self._membership.others.values()
             if m.node not in self._contacts.connections and m.state is not State.LEFT
         ]
+        if not missing:
+            self._search_at = math.inf
+            return
+        if self._search_at == math.inf:
+            self._search_at = now + SEARCH_S
+        if now < self._search_at:
+            return
+        self._search_at = now + SEARCH_S
         dead = [m for m in missing if m.state is State.DEAD]
         wanted = [m for m in missing if m.state is not State.DEAD]
         if dead:
@@ -369,18 +387,6 @@ class MeshProtocol:
             incarnation=member.incarnation,
             runs=member.runs,
         )
-
-
-def first_row(node: NodeId, name: str, incarnation: int, addresses: tuple[Address, ...]) -> Member:
-    """The row that a node starts with."""
-    return Member(
-        node=node,
-        name=name,
-        incarnation=incarnation,
-        state=State.ALIVE,
-        addresses=addresses,
-        runs=(),
-    )
 
 
 def version_refusal(there: int, here: int) -> str:

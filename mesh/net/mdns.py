@@ -73,7 +73,10 @@ class MdnsDiscovery:
 
     def _refresh(self, listening: tuple[Address, ...], listener: "_Listener") -> None:
         """Brings zeroconf in line with the interfaces and addresses of this moment. Blocks."""
-        on = local_addresses(self._interfaces)
+        try:
+            on = local_addresses(self._interfaces)
+        except OSError:
+            return  # out of descriptors
         on = tuple(a for a in on if ":" not in a) or on
         if not on or not listening:
             return  # no network yet: look again in a second
@@ -85,13 +88,13 @@ class MdnsDiscovery:
             if on != self._on:
                 self._zeroconf.update_interfaces(list(on))
                 self._on = on
+            if self._browser is None or not self._browser.is_alive():
+                self._browser = ServiceBrowser(self._zeroconf, SERVICE, listener)
             if not self._announced:
                 self._zeroconf.register_service(self._info(listening), cooperating_responders=True)
             elif self._announced != listening:
                 self._zeroconf.update_service(self._info(listening))
             self._announced = listening
-            if self._browser is None:
-                self._browser = ServiceBrowser(self._zeroconf, SERVICE, listener)
 
     def _info(self, listening: tuple[Address, ...]) -> ServiceInfo:
         packed = [
@@ -131,7 +134,11 @@ class _Listener(ServiceListener):
         self._put = put
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
-        info = zc.get_service_info(type_, name, timeout=RESOLVE_MS)
+        if not name.endswith("." + SERVICE):
+            return  # anybody on the network may say anything: it must not end this thread
+        info = None
+        with contextlib.suppress(ZeroconfError, OSError, RuntimeError, ValueError):
+            info = zc.get_service_info(type_, name, timeout=RESOLVE_MS)
         if info is None or info.port is None or not self._discovery.is_member(info):
             return
         addresses = tuple(Address(host, info.port) for host in info.parsed_scoped_addresses()[:16])

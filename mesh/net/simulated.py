@@ -99,6 +99,7 @@ class SimulatedTransport:
             await trio.sleep(CONNECT_S)
             raise StreamLost(f"{address} does not answer")
         link = _Link(network, self._node, peer)
+        link.hosts = (self._address.host, address.host)
         self._mine.add(link)
         near, far = link.streams()
         nursery.start_soon(_handle, handler, far)
@@ -160,6 +161,7 @@ class _Link:
         self.network = network
         self.ends = (a, b)
         self.pipes = (_Pipe(), _Pipe())
+        self.hosts = ("", "")
         self.lost = self.frozen = False
         self.closed_by: set[int] = set()
         mean = network.weather.bytes_until_lost
@@ -200,7 +202,7 @@ class SimulatedStream:
         self._side = side
         self._out, self._in = link.pipes[side], link.pipes[1 - side]
         self.peer = peer
-        self.remote = f"simulated:{peer}"
+        self.host = link.hosts[1 - side]
 
     async def send_all(self, data: bytes | memoryview) -> None:
         view = memoryview(bytes(data))

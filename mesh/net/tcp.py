@@ -6,7 +6,9 @@ raw socket, trio.SSLStream 7-9 times. 3. Half-open handshakes are bounded in num
 A stream's trip: accept or connect -> _handshake -> TlsStream with the peer's node id -> handler.
 """
 
+import contextlib
 import errno
+import os
 import socket
 import ssl
 import sys
@@ -25,6 +27,9 @@ from mesh.settings import DEFAULT_PORT
 HANDSHAKE_S: Final = 5.0
 CONNECT_S: Final = 5.0
 """A handshake takes 10-25 ms on a busy Raspberry Pi; 5 s is a lost packet or two."""
+
+NAME_ADDRESSES_LIMIT: Final = 4
+"""Addresses of one name that are tried, one after the other, within CONNECT_S."""
 
 USER_TIMEOUT_MS: Final = 5000
 """TCP_USER_TIMEOUT: a cut cable is an error after 6 s; Linux alone would wait 15 minutes."""
@@ -46,11 +51,11 @@ YIELD_BYTES: Final = 1 << 20
 class TlsStream:
     """One connection after its handshake. See mesh.net.transport.Stream."""
 
-    def __init__(self, connection: ssl.SSLSocket, peer: NodeId, remote: str) -> None:
+    def __init__(self, connection: ssl.SSLSocket, peer: NodeId, host: str) -> None:
         self._socket = connection
         self._since_yield = 0
         self.peer = peer
-        self.remote = remote
+        self.host = host
 
     async def send_all(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
@@ -138,8 +143,10 @@ class TcpTransport:
         async with trio.open_nursery() as nursery:
             scopes: dict[str, trio.CancelScope] = {}
             before: tuple[Address, ...] | None = None
+            reachable: tuple[str, ...] = ()
             while True:
-                reachable = await trio.to_thread.run_sync(local_addresses, self._interfaces)
+                with contextlib.suppress(OSError):  # out of descriptors: as it was a second ago
+                    reachable = await trio.to_thread.run_sync(local_addresses, self._interfaces)
                 hosts = reachable if self._interfaces else ("0.0.0.0", "::")
                 for gone in set(scopes) - set(hosts):
                     scopes.pop(gone).cancel()
@@ -165,15 +172,20 @@ class TcpTransport:
         try:
             listener = _listener(host, self._port)
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise UsageError(
+                    f"port {self._port} may not be used by this user; choose one above 1023"
+                ) from None
             if error.errno != errno.EADDRINUSE or self._bound:
-                return (
-                    None  # not up, no IPv6 in this kernel, or another's: others reach us elsewhere
-                )
+                return None  # not up, no IPv6, or another's: peers reach us elsewhere
             if not movable:
                 raise UsageError(
                     f"port {self._port} is taken on {host}; choose another with --port"
                 ) from None
-            listener = _listener(host, 0)  # a second node on this machine
+            try:
+                listener = _listener(host, 0)  # a second node on this machine
+            except OSError:
+                return None
         self._port, self._bound = listener.getsockname()[1], True
         return listener
 
@@ -228,31 +240,30 @@ class TcpTransport:
                 await stream.aclose()
 
     async def _connect(self, address: Address) -> socket.socket:
+        """A connected socket to the first of the name's addresses that answers."""
         try:
             found = await trio.socket.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM
             )
         except (OSError, UnicodeError) as error:
             raise StreamLost(f"{address}: {_text(error)}") from None
-        family, kind, protocol, _, where = found[0]
-        try:
-            connection = socket.socket(family, kind, protocol)
-        except OSError as error:  # no IPv6 in this kernel, or out of descriptors
-            raise StreamLost(f"{address}: {_text(error)}") from None
-        try:
-            connection.setblocking(False)
-            code = connection.connect_ex(where)
-            if code == errno.EINPROGRESS:
-                await trio.lowlevel.wait_writable(connection)
-                code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code == errno.ECONNREFUSED:
-                raise ConnectionRefused(f"{address}: connection refused")
-            if code:
-                raise StreamLost(f"{address}: {_text(OSError(code, ''))}")
-        except BaseException:
+        code = 0
+        for family, kind, protocol, _, where in found[:NAME_ADDRESSES_LIMIT]:
+            try:
+                connection = socket.socket(family, kind, protocol)
+            except OSError as error:  # no IPv6 in this kernel, or out of descriptors
+                code = error.errno or errno.EIO
+                continue
+            try:
+                code = await _connect_socket(connection, where)
+            except BaseException:
+                connection.close()
+                raise
+            if not code:
+                return connection
             connection.close()
-            raise
-        return connection
+        kind_of = ConnectionRefused if code == errno.ECONNREFUSED else StreamLost
+        raise kind_of(f"{address}: {os.strerror(code).lower()}")
 
     async def _handshake(
         self, connection: socket.socket, context: ssl.SSLContext, *, server_side: bool
@@ -263,8 +274,7 @@ class TcpTransport:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if sys.platform == "linux":
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-            host = connection.getpeername()
-            remote = str(Address(host[0], host[1]))
+            host: str = connection.getpeername()[0]
             secured = context.wrap_socket(
                 connection, server_side=server_side, do_handshake_on_connect=False
             )
@@ -279,7 +289,7 @@ class TcpTransport:
             certificate = secured.getpeercert(binary_form=True)
             if certificate is None:
                 raise IdentityError("no certificate")
-            return TlsStream(secured, self._node_of(certificate), remote)
+            return TlsStream(secured, self._node_of(certificate), host)
         except ssl.SSLCertVerificationError as error:
             self._close(secured or connection)
             raise IdentityError(f"certificate of another mesh ({error.verify_message})") from None
@@ -293,6 +303,16 @@ class TcpTransport:
     @staticmethod
     def _close(connection: socket.socket) -> None:
         connection.close()
+
+
+async def _connect_socket(connection: socket.socket, where: tuple[object, ...]) -> int:
+    """0, or the error number of why not."""
+    connection.setblocking(False)
+    code = connection.connect_ex(where)
+    if code == errno.EINPROGRESS:
+        await trio.lowlevel.wait_writable(connection)
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return code
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -19,8 +19,8 @@ class Stream(Protocol):
     peer: NodeId
     """who is on the other end, proved by its key"""
 
-    remote: str
-    """where that is, for people"""
+    host: str
+    """where that is: an address without its port"""
 
     async def send_all(self, data: bytes | memoryview) -> None:
         """Returns when the bytes are on their way; `data` may be reused then."""
