@@ -12,7 +12,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mesh.core.messages import Address
+from mesh.core.address import Address
 from mesh.errors import UsageError
 
 DEFAULT_PORT = 7710

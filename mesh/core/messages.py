@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NewType
 
+from mesh.core.address import Address as Address
+
 NodeId = NewType("NodeId", str)
 """base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
 
@@ -27,17 +29,6 @@ and bound what a crash can take with it and what a responder keeps for a lost co
 def short(node: NodeId) -> str:
     """The part of a node id that people read and type."""
     return node[:8]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Address:
-    """Where a node listens. `host` is a literal address, IPv6 without brackets."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class State(IntEnum):
