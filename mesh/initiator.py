@@ -14,8 +14,12 @@ import trio
 
 from mesh.conversation import Conversation, Refused
 from mesh.core import events as ev
+from mesh.core.address import Address
 from mesh.core.exchange import Initiation
-from mesh.core.messages import Address, NodeId, RunInfo
+from mesh.core.messages import (
+    NodeId,
+    RunInfo,
+)
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import FrameReader
 from mesh.net.transport import Stream

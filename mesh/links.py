@@ -14,8 +14,8 @@ from typing import Final, cast, get_args
 import trio
 
 from mesh.core import events as ev
+from mesh.core.address import Address
 from mesh.core.messages import (
-    Address,
     ControlMessage,
     Hello,
     Message,

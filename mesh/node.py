@@ -18,9 +18,16 @@ import trio
 
 from mesh.codec import Float32, Floats
 from mesh.core import events as ev
+from mesh.core.address import Address
 from mesh.core.averaging import RUNS_LIMIT
 from mesh.core.membership import first_row
-from mesh.core.messages import PROTOCOL, Address, Hello, NodeId, Purpose, Refusal
+from mesh.core.messages import (
+    PROTOCOL,
+    Hello,
+    NodeId,
+    Purpose,
+    Refusal,
+)
 from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
 from mesh.errors import (
@@ -38,7 +45,7 @@ from mesh.links import Incompatible, Itself, Links, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
 from mesh.replica import Replica
 from mesh.responder import Responder
-from mesh.runs import Counters, Run, RunSpec, Tell, make_run
+from mesh.runs import Run, RunSpec, RunStatistics, Tell, make_run, run_statistics
 
 INBOX_LIMIT: Final = 1024
 """Events that may wait for the loop; whoever brings more waits itself."""
@@ -46,23 +53,6 @@ INBOX_LIMIT: Final = 1024
 NOTES_KEPT: Final = 256
 LAST_WORD_S: Final = 1.0
 """For telling a peer what it did wrong before its connection is closed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStatistics:
-    """One run on this node."""
-
-    spec: RunSpec
-    how: str | None
-    step: int
-    loss: float | None
-    samples: int
-    partners: int
-    drift: float | None
-    norm: float
-    last_exchange_s: float | None
-    last_peer: NodeId | None
-    counters: Counters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +150,7 @@ class Node:
         now = trio.current_time()
         protocol = self._protocol.statistics(now)
         runs = tuple(
-            _run_statistics(run, protocol.partners.get(name, 0), now)
+            run_statistics(run, protocol.partners.get(name, 0), now)
             for name, run in self._runs.items()
         )
         return NodeStatistics(
@@ -378,19 +368,3 @@ class Node:
         except (IdentityError, Incompatible, Itself) as error:
             raise StreamLost(str(error)) from None
         return stream
-
-
-def _run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
-    return RunStatistics(
-        spec=run.spec,
-        how=run.how.value if run.how else None,
-        step=run.step,
-        loss=run.loss,
-        samples=run.samples,
-        partners=partners,
-        drift=run.drift(partners + 1),
-        norm=run.replica.square_norm() ** 0.5,
-        last_exchange_s=None if run.exchanged_at is None else now - run.exchanged_at,
-        last_peer=run.last_peer,
-        counters=run.counters,
-    )

@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from mesh.control import Control, listen
-from mesh.core.messages import Address
+from mesh.core.address import Address
 from mesh.errors import MeshError
 from mesh.identity import Identity, load, node_of, rename
 from mesh.net.mdns import MdnsDiscovery

@@ -13,7 +13,8 @@ from typing import Any
 from mesh import __version__
 from mesh.core.messages import PROTOCOL
 from mesh.core.statistics import PeerStatistics
-from mesh.node import NodeStatistics, RunStatistics
+from mesh.node import NodeStatistics
+from mesh.runs import RunStatistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

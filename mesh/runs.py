@@ -187,3 +187,37 @@ def make_run(
         buffers=buffers,
         partners=partners,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatistics:
+    """One run on this node."""
+
+    spec: RunSpec
+    how: str | None
+    step: int
+    loss: float | None
+    samples: int
+    partners: int
+    drift: float | None
+    norm: float
+    last_exchange_s: float | None
+    last_peer: NodeId | None
+    counters: Counters
+
+
+def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
+    """A frozen view of a run."""
+    return RunStatistics(
+        spec=run.spec,
+        how=run.how.value if run.how else None,
+        step=run.step,
+        loss=run.loss,
+        samples=run.samples,
+        partners=partners,
+        drift=run.drift(partners + 1),
+        norm=run.replica.square_norm() ** 0.5,
+        last_exchange_s=None if run.exchanged_at is None else now - run.exchanged_at,
+        last_peer=run.last_peer,
+        counters=run.counters,
+    )

@@ -19,8 +19,11 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from mesh.core.address import Address
 from mesh.core.membership import INCARNATION_BLOCK, INCARNATION_LIMIT
-from mesh.core.messages import Address, NodeId
+from mesh.core.messages import (
+    NodeId,
+)
 from mesh.errors import MeshError, UsageError
 from mesh.settings import host_directory, parse_address
 

@@ -15,12 +15,12 @@ from typing import Any, Final, TypeVar
 
 import msgpack
 
+from mesh.core.address import Address
 from mesh.core.membership import INCARNATION_LIMIT
 from mesh.core.messages import (
     FRAGMENT_ENTRIES,
     PROTOCOL,
     Ack,
-    Address,
     Delta,
     ExchangeOpened,
     ExchangeRefused,

@@ -14,7 +14,11 @@ import trio
 import trio.testing
 from trio._core import _run as trio_run
 
-from mesh.core.messages import Address, NodeId, SchemaEntry
+from mesh.core.address import Address
+from mesh.core.messages import (
+    NodeId,
+    SchemaEntry,
+)
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
 from mesh.node import Node
 from mesh.runs import Run, RunSpec

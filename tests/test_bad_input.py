@@ -21,13 +21,13 @@ import pytest
 
 from mesh import wire
 from mesh.client import LocalSocket
+from mesh.core.address import Address
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
 from mesh.core.messages import (
     FRAGMENT_ENTRIES,
     PROTOCOL,
     WINDOW,
     Ack,
-    Address,
     Delta,
     ExchangeOpened,
     ExchangeRefused,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.core import events as ev
+from mesh.core.address import Address
 from mesh.core.contacts import FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
 from mesh.core.detector import SILENCE_S, Detector
 from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
@@ -15,7 +16,6 @@ from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, f
 from mesh.core.messages import (
     PROTOCOL,
     WINDOW,
-    Address,
     Hello,
     Member,
     Members,

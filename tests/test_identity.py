@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh import identity, wire
+from mesh.core.address import Address
 from mesh.core.membership import INCARNATION_BLOCK
-from mesh.core.messages import Address, Hello
+from mesh.core.messages import (
+    Hello,
+)
 from mesh.errors import IdentityError, MeshError, UsageError
 from mesh.identity import (
     create_mesh,

@@ -5,7 +5,10 @@ import pytest
 import trio
 
 from mesh import replica
-from mesh.core.messages import Address, SchemaEntry
+from mesh.core.address import Address
+from mesh.core.messages import (
+    SchemaEntry,
+)
 from mesh.errors import UsageError
 from mesh.net.simulated import Weather
 from mesh.responder import Responder

@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mesh import wire
+from mesh.core.address import Address
 from mesh.core.membership import INCARNATION_LIMIT
 from mesh.core.messages import (
     PROTOCOL,
     Ack,
-    Address,
     Delta,
     ExchangeOpened,
     ExchangeRefused,

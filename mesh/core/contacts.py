@@ -11,7 +11,10 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-from mesh.core.messages import Address, NodeId
+from mesh.core.address import Address
+from mesh.core.messages import (
+    NodeId,
+)
 
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 30.0

@@ -7,8 +7,8 @@ performs effects on it. 3. A connection is known here by the number that the nod
 from dataclasses import dataclass
 from enum import Enum
 
+from mesh.core.address import Address
 from mesh.core.messages import (
-    Address,
     ControlMessage,
     Hello,
     NodeId,

@@ -11,7 +11,13 @@ A row's trip: a peer's Members message -> merge() -> the rows that changed -> pa
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mesh.core.messages import Address, Member, NodeId, RunInfo, State
+from mesh.core.address import Address
+from mesh.core.messages import (
+    Member,
+    NodeId,
+    RunInfo,
+    State,
+)
 
 INCARNATION_BLOCK = 1024
 """Incarnations reserved on disk at a time: publishing a change costs no write, and a restart skips

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NewType
 
-from mesh.core.address import Address as Address
+from mesh.core.address import Address
 
 NodeId = NewType("NodeId", str)
 """base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""

@@ -13,6 +13,7 @@ from random import Random
 from typing import assert_never
 
 from mesh.core import events as ev
+from mesh.core.address import Address
 from mesh.core.averaging import Averaging
 from mesh.core.contacts import Contacts
 from mesh.core.detector import Detector
@@ -20,7 +21,6 @@ from mesh.core.gossip import Gossip, pages
 from mesh.core.membership import INCARNATION_BLOCK, Membership
 from mesh.core.messages import (
     Ack,
-    Address,
     ControlMessage,
     Member,
     Members,

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
-from mesh.core.messages import Address, Member, NodeId, RunInfo
+from mesh.core.address import Address
+from mesh.core.messages import (
+    Member,
+    NodeId,
+    RunInfo,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

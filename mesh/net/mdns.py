@@ -16,7 +16,10 @@ import trio
 from zeroconf import Error as ZeroconfError
 from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
 
-from mesh.core.messages import PROTOCOL, Address
+from mesh.core.address import Address
+from mesh.core.messages import (
+    PROTOCOL,
+)
 from mesh.net.interfaces import local_addresses
 from mesh.net.transport import Candidate
 

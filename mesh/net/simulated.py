@@ -12,7 +12,10 @@ from random import Random
 
 import trio
 
-from mesh.core.messages import Address, NodeId
+from mesh.core.address import Address
+from mesh.core.messages import (
+    NodeId,
+)
 from mesh.errors import ConnectionRefused, StreamLost
 from mesh.net.transport import Candidate, Handler
 

@@ -18,7 +18,10 @@ from typing import Final
 
 import trio
 
-from mesh.core.messages import Address, NodeId
+from mesh.core.address import Address
+from mesh.core.messages import (
+    NodeId,
+)
 from mesh.errors import ConnectionRefused, IdentityError, MeshError, StreamLost, UsageError
 from mesh.net.interfaces import interface_names, local_addresses
 from mesh.net.transport import Handler

@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from mesh.core.messages import Address, NodeId
+from mesh.core.address import Address
+from mesh.core.messages import (
+    NodeId,
+)
 
 
 class Stream(Protocol):
