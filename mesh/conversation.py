@@ -6,8 +6,6 @@ Rules: 1. Fragments go out while deltas come back. 2. Between checking an index 
 numbers nothing waits. 3. No body is read before its length is what our own model says.
 """
 
-from typing import Final
-
 import trio
 
 from mesh import wire
@@ -23,12 +21,9 @@ from mesh.core.messages import (
     RunInfo,
 )
 from mesh.errors import MeshError, RemoteProtocolError, StreamLost
-from mesh.frames import FrameReader, send_frame
+from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
 from mesh.runs import Run
-
-STALL_S: Final = 10.0
-"""An exchange without a byte for this long counts as a lost connection."""
 
 
 class Refused(MeshError):

@@ -13,6 +13,9 @@ JOIN_BYTES: Final = 128 * 1024
 """Bodies up to this travel behind their header in one call: the copy costs 10 us, a second call and
 the other end's second wake-up cost more."""
 
+STALL_S: Final = 10.0
+"""An exchange without a byte for this long, on either side, is a lost connection."""
+
 SEND_S: Final = 60.0
 """For one frame: 1 MiB at 20 kB/s. The kernel reports a dead peer sooner where it can."""
 

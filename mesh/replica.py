@@ -142,8 +142,6 @@ class HandOver:
         self._replica = replica
         self._posted = posted
         self.offered = offered
-        self.refused = 0
-        """fragments of posts that were not finite: the training diverged, the mesh did not"""
 
     def begin(self) -> None:
         """w = the training's first weights. Raises NotFinite."""
@@ -153,14 +151,12 @@ class HandOver:
     def merge(self) -> bool:
         """w += posted - offered: the training's progress since its last offer.
 
-        Fragments whose progress is not finite are left out and counted; False if there were any.
+        Fragments whose progress is not finite are left out; False if there were any.
         """
-        refused = sum(
-            not self._replica.progress(index, self._posted, self.offered)
-            for index in range(self._replica.fragments)
-        )
-        self.refused += refused
-        return not refused
+        whole = True
+        for index in range(self._replica.fragments):
+            whole &= self._replica.progress(index, self._posted, self.offered)
+        return whole
 
     def offer(self) -> None:
         """offered = w. Say so to the training right after."""

@@ -25,12 +25,9 @@ from mesh.core.messages import (
 )
 from mesh.core.schedule import Relation, relation
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
-from mesh.frames import FrameReader, send_frame
+from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
 from mesh.runs import KeptReply, Run
-
-STALL_S: Final = 10.0
-"""A fragment that stops half-way for this long is a lost connection."""
 
 IDLE_S: Final = 120.0
 """A bulk connection that carries nothing is closed after this; the initiator dials anew."""

@@ -1,4 +1,4 @@
-"""join(): the torch side, in the training process. The only file of mesh/ that imports torch.
+"""join(): the torch side, in the training process. With tensors.py the only torch of mesh/.
 
 The training holds an offer (two shared buffers `posted` and `offered`) from "begun" or "offered" to
 its next "post"; the node holds them in between. A boundary, every H steps, reads:

@@ -41,8 +41,3 @@ def live(heads: list[str]) -> Iterator[Callable[[str, Rows], None]]:
             screen.update(table(title, heads, rows))
 
         yield draw
-
-
-def print_table(title: str, heads: list[str], rows: Rows) -> None:
-    """A finished table on standard output."""
-    Console().print(table(title, heads, rows))
