@@ -86,18 +86,17 @@ class Replica:
         return distance
 
     def take(self, index: int, body: memoryview, into: Floats) -> float:
-        """A newcomer's step: `into` = the donor's weights, exactly. Returns the square distance.
+        """A newcomer's step: `into` = the donor's weights, exactly. Returns the square distance to `w`.
 
-        `into` is a buffer like `weights`, to be used by fill() once it is whole.
+        `into` is a buffer like `weights`, whatever it holds; fill() uses it once it is whole.
         """
-        w = into[self.slice_of(index)]
+        w = self.weights[self.slice_of(index)]
         given = self.codec.decode(body, self._decoded[: len(w)])
         if not math.isfinite(square_norm(given)):
             raise NotFinite(f"the donor's fragment {index} is not finite")
         difference = np.subtract(given, w, out=self._difference[: len(w)])
-        distance = square_norm(difference)
-        np.copyto(w, given)
-        return distance
+        np.copyto(into[self.slice_of(index)], given)
+        return square_norm(difference)
 
     def progress(self, index: int, posted: Floats, offered: Floats) -> bool:
         """w += posted - offered for one fragment; False, with nothing changed, if not finite."""

@@ -257,3 +257,16 @@ def test_weights_that_are_not_finite_never_reach_the_replica():
     assert [event["event"] for event in pair.to_training] == ["diverged"]
     with pytest.raises(NotFinite):
         HandOver(pair.replica, pair.posted, pair.offered).begin()
+
+
+def test_what_a_newcomers_buffer_held_before_says_nothing():
+    """Fresh memory may hold anything, NaN too: only the donor's numbers and our own count."""
+    taker, donor = Replica(ENTRIES, Float32()), Replica(ENTRIES, Float32())
+    taker.fill(np.full(ENTRIES, 1.0, dtype=np.float32))
+    donor.fill(np.full(ENTRIES, 4.0, dtype=np.float32))
+    body = memoryview(bytearray(donor.body_bytes(0)))
+    donor.write(0, body)
+    into = np.full(ENTRIES, np.nan, dtype=np.float32)
+    assert taker.take(0, body, into) == ENTRIES * 9.0
+    assert set(into) == {4.0}
+    assert set(taker.weights) == {1.0}
