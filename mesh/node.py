@@ -179,7 +179,7 @@ class Node:
         """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
         weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
         self.check_run(spec)
-        replica = Replica(len(posted), Float32())
+        replica = self._make_replica(len(posted))
         try:
             run = make_run(
                 spec,
@@ -204,6 +204,10 @@ class Node:
             )
         )
         return run
+
+    def _make_replica(self, entries: int) -> Replica:
+        """Where the simulator puts one that watches itself."""
+        return Replica(entries, Float32())
 
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""
@@ -234,10 +238,14 @@ class Node:
             for handled in self._awaited.values():
                 handled.set()
 
-    async def _turn(self) -> None:
-        event: ev.Event | None = None
+    async def _next_event(self) -> ev.Event | None:
+        """What happened next, or None when a deadline passed. The simulator stops a node here."""
         with trio.move_on_at(self._protocol.next_deadline()):
-            event = await self._take.receive()
+            return await self._take.receive()
+        return None
+
+    async def _turn(self) -> None:
+        event = await self._next_event()
         now = trio.current_time()
         if event is None:
             effects = self._protocol.on_deadline(now)
