@@ -97,6 +97,12 @@ class Initiator:
             await stream.aclose()
         self._idle.clear()
 
+    async def drop(self, peer: NodeId) -> None:
+        """The peer is dead: a connection that idles for it is none."""
+        pooled = self._idle.pop(peer, None)
+        if pooled is not None:
+            await pooled[0].aclose()
+
     def _record(self, run: Run, start: ev.StartExchange) -> Initiation:
         """The unfinished exchange with this peer, or a new one."""
         unfinished = None if start.pull else run.unfinished.pop(start.peer, None)

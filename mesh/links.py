@@ -23,7 +23,7 @@ from mesh.core.messages import (
     OtherVersion,
     Refusal,
 )
-from mesh.core.protocol import version_refusal
+from mesh.core.strangers import version_refusal
 from mesh.errors import (
     ConnectionRefused,
     IdentityError,
@@ -41,8 +41,9 @@ GREETING_S: Final = 5.0
 OUTBOX_LIMIT: Final = 256
 """Messages that wait for a slow peer; a push/pull of 4096 rows is 128 of them."""
 
-SILENT_S: Final = 30.0
-"""A control connection that brings nothing, not even a ping, is closed by whoever listens."""
+SILENT_S: Final = 300.0
+"""A control connection that brings nothing, not even a ping, is closed by whoever listens. Each of 32
+neighbours is probed twice a minute, eight times less often by a node that runs late (health.py)."""
 
 FLUSH_S: Final = 1.0
 """How long a connection may take to say its last words."""
@@ -64,19 +65,26 @@ class Itself(MeshError):
     """The connection leads back to this node."""
 
 
+class Twin(MeshError):
+    """An older process with this node's own identity is on the other end."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"another process with this identity is at {host}")
+        self.host = host
+
+
 @dataclass(slots=True)
 class _Link:
     stream: Stream
     put: trio.MemorySendChannel[ControlMessage]
     scope: trio.CancelScope
     reason: str = ""
+    told: bool = False
     ending: bool = False
 
 
 async def greet(stream: Stream, own: Hello) -> Hello:
-    """Swaps Hellos. Raises Incompatible, Itself, RemoteProtocolError or StreamLost."""
-    if stream.peer == own.member.node:
-        raise Itself("this address leads back to this node")
+    """Swaps Hellos. Raises Incompatible, Itself, Twin, RemoteProtocolError or StreamLost."""
     message: Message | None = None
     with trio.move_on_after(GREETING_S):
         await send_frame(stream, own)
@@ -85,6 +93,10 @@ async def greet(stream: Stream, own: Hello) -> Hello:
         case Hello():
             if message.member.node != stream.peer:
                 raise RemoteProtocolError("the node id is not that of its certificate")
+            if stream.peer == own.member.node:
+                if (message.age_ms, message.instance) > (own.age_ms, own.instance):
+                    raise Twin(stream.host)
+                raise Itself("this address leads back to this node")
             return message
         case OtherVersion():
             reason = version_refusal(message.protocol, own.protocol)
@@ -110,7 +122,7 @@ async def dial(
     """Tries all addresses, a little apart, `proved_host` first; the first that greets wins.
 
     If all of `proved_host` refuse, nothing else is waited for. Raises what the most telling failure
-    was: Incompatible, then ConnectionRefused, others, Itself.
+    was: Twin, Incompatible, then ConnectionRefused, others, Itself.
     """
     addresses = sorted(addresses, key=lambda address: address.host != proved_host)
     proofs = sum(address.host == proved_host for address in addresses)
@@ -151,7 +163,7 @@ async def dial(
             nursery.start_soon(attempt, address, rank * STAGGER_S, nursery.cancel_scope)
     if winner is not None:
         return winner
-    for kind in (Incompatible, ConnectionRefused, IdentityError, StreamLost, MeshError):
+    for kind in (Twin, Incompatible, ConnectionRefused, IdentityError, StreamLost, MeshError):
         for failure in failures:
             if isinstance(failure, kind):
                 raise failure
@@ -198,7 +210,10 @@ class Links:
             await stream.aclose()
             with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_S):
                 reason = link.reason or "connection closed"
-                await self._emit(ev.PeerLost(node=stream.peer, connection=number, reason=reason))
+                lost = ev.PeerLost(
+                    node=stream.peer, connection=number, reason=reason, told=link.told
+                )
+                await self._emit(lost)
 
     def send(self, number: int, message: ControlMessage) -> None:
         link = self._links.get(number)
@@ -219,6 +234,12 @@ class Links:
         link.reason = reason
         link.put.close()
         link.scope.deadline = trio.current_time() + FLUSH_S
+
+    def abandon(self, node: NodeId) -> None:
+        """Ends this peer's connections at once: nobody is there to be told why."""
+        for link in self._links.values():
+            if link.stream.peer == node:
+                link.scope.cancel()
 
     async def flush(self) -> None:
         """Hangs up everywhere and waits until the last words are out, at most FLUSH_S."""
@@ -245,6 +266,7 @@ class Links:
                 if not isinstance(message, get_args(ControlMessage)):
                     raise RemoteProtocolError(f"{type(message).__name__} on a control connection")
                 if isinstance(message, Refusal):
+                    link.told = True
                     link.reason = link.reason or f"told: {message.reason}"
                 received = ev.Received(
                     node=link.stream.peer,

@@ -41,7 +41,7 @@ from mesh.errors import (
 )
 from mesh.frames import send_frame
 from mesh.initiator import Initiator
-from mesh.links import Incompatible, Itself, Links, dial, greet
+from mesh.links import Incompatible, Itself, Links, Twin, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
 from mesh.replica import Replica
 from mesh.responder import Responder
@@ -87,6 +87,7 @@ class Node:
         the first of a block that no process of this node used; `note` gets a line per happening."""
         self.id = node
         self.name = name
+        self._instance = rng.getrandbits(62)
         self._transport = transport
         self._discovery = discovery
         self._candidates = candidates
@@ -273,6 +274,12 @@ class Node:
                 self._links.send(effect.connection, effect.message)
             case ev.Hangup():
                 self._links.hang_up(effect.connection, effect.reason)
+            case ev.Abandon():
+                self._links.abandon(effect.node)
+                self._responder.drop(effect.node)
+                self._nursery.start_soon(self._initiator.drop, effect.node)
+            case ev.Stop():
+                raise UsageError(effect.reason)
             case ev.StartExchange():
                 self._nursery.start_soon(self._initiator.initiate, effect)
             case ev.Begin():
@@ -301,8 +308,14 @@ class Node:
         self._links.refused[kind] += 1
 
     def _hello(self, purpose: Purpose) -> Hello:
-        own = self._protocol.own
-        return Hello(protocol=PROTOCOL, name=self.name, purpose=purpose, member=own)
+        return Hello(
+            protocol=PROTOCOL,
+            name=self.name,
+            purpose=purpose,
+            member=self._protocol.own,
+            instance=self._instance,
+            age_ms=round(1000 * (trio.current_time() - self._started_at)),
+        )
 
     def _listens(self, addresses: tuple[Address, ...]) -> None:
         self.addresses = addresses
@@ -331,6 +344,8 @@ class Node:
                 await self._links.run(stream, hello, None)
         except Incompatible as error:
             await self._report_incompatible(error, None)
+        except Twin as error:
+            await self._put.send(ev.TwinMet(host=error.host))
         except RemoteProtocolError as error:
             self.count_refused("non_finite" if isinstance(error, NotFinite) else "protocol")
             with contextlib.suppress(MeshError), trio.move_on_after(LAST_WORD_S):
@@ -349,6 +364,9 @@ class Node:
             )
         except Incompatible as error:
             await self._report_incompatible(error, effect.contact)
+            return
+        except Twin as error:
+            await self._put.send(ev.TwinMet(host=error.host))
             return
         except MeshError as error:
             refused, itself = isinstance(error, ConnectionRefused), isinstance(error, Itself)
@@ -373,6 +391,6 @@ class Node:
             stream, _ = await dial(
                 self._transport, addresses, self._hello(Purpose.BULK), wanted=peer
             )
-        except (IdentityError, Incompatible, Itself) as error:
+        except (IdentityError, Incompatible, Itself, Twin) as error:
             raise StreamLost(str(error)) from None
         return stream

@@ -6,9 +6,10 @@ once; asked again, the kept reply goes out again. 2. Nothing waits between looki
 applying it. 3. What is not finite is refused before it touches anything.
 """
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
+
+import trio
 
 from mesh.core import events as ev
 from mesh.core.exchange import share
@@ -56,21 +57,29 @@ class Responder:
         self._emit = emit
         self._info_of = info_of
         self._refused = refused
-        self._answering: Counter[NodeId] = Counter()
+        self._answering: dict[NodeId, list[trio.CancelScope]] = {}
 
     async def answer(self, stream: Stream) -> None:
         """Answers one peer's exchanges until its connection ends."""
         peer = stream.peer
-        if self._answering.total() >= CONNECTIONS_LIMIT or self._answering[peer] >= PEER_LIMIT:
+        mine = self._answering.get(peer, [])
+        total = sum(len(scopes) for scopes in self._answering.values())
+        if total >= CONNECTIONS_LIMIT or len(mine) >= PEER_LIMIT:
             await send_frame(stream, Refusal(reason="too many bulk connections"))
             return
-        self._answering[peer] += 1
-        try:
-            await self._answer(stream)
-        finally:
-            self._answering[peer] -= 1
-            if not self._answering[peer]:
-                del self._answering[peer]
+        with trio.CancelScope() as scope:
+            self._answering.setdefault(peer, mine).append(scope)
+            try:
+                await self._answer(stream)
+            finally:
+                mine.remove(scope)
+                if not mine:
+                    del self._answering[peer]
+
+    def drop(self, peer: NodeId) -> None:
+        """The peer is dead: nothing more comes over its connections."""
+        for scope in self._answering.get(peer, []):
+            scope.cancel()
 
     async def _answer(self, stream: Stream) -> None:
         reader = FrameReader(stream)

@@ -11,13 +11,15 @@ import ipaddress
 import math
 import struct
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, Final, TypeVar
 
 import msgpack
 
 from mesh.core.address import Address
-from mesh.core.membership import INCARNATION_LIMIT
+from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
 from mesh.core.messages import (
+    ACCUSERS_LIMIT,
     FRAGMENT_ENTRIES,
     PROTOCOL,
     Ack,
@@ -27,6 +29,7 @@ from mesh.core.messages import (
     FinishExchange,
     Fragment,
     Hello,
+    IdentityTaken,
     Member,
     Members,
     Message,
@@ -34,6 +37,8 @@ from mesh.core.messages import (
     OpenExchange,
     OtherVersion,
     Ping,
+    PingReport,
+    PingRequest,
     Purpose,
     Refusal,
     RunInfo,
@@ -41,6 +46,9 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Verdict,
+    Versions,
+    Wanted,
 )
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 
@@ -131,9 +139,17 @@ def _record(kind: type[T], **checks: Check) -> Callable[[Any], T]:
 
 _counter = _whole(0, 2**63)
 _index = _whole(0, 2**32)
+_version = _whole(0, 2**64 - 1)
+_versions = _many(_version, MEMBERS_LIMIT + 1)
 _run_name = _text(64)
 _reason = _text(500)
 _name = _text(64)
+
+
+def _accusers(value: Any) -> tuple[NodeId, ...]:
+    """In their one order, so that equal rows are equal."""
+    return tuple(sorted(set(_many(_node, ACCUSERS_LIMIT)(value))))
+
 
 _address = _record(Address, host=_host, port=_whole(1, 65535))
 _run_info = _record(
@@ -144,7 +160,7 @@ _run_info = _record(
     exchanged=_flag,
     progress=_whole(0, 64),
 )
-_member = _record(
+_row = _record(
     Member,
     node=_node,
     name=_name,
@@ -152,7 +168,17 @@ _member = _record(
     state=lambda value: State(_whole(0, 3)(value)),
     addresses=_many(_address, 16),
     runs=_many(_run_info, 16),
+    accusers=_accusers,
 )
+
+
+def _member(value: Any) -> Member:
+    row = _row(value)
+    if row.accusers and row.state is not State.SUSPECT:
+        raise _Invalid("accusers of a suspect only")
+    return row
+
+
 _entry = _record(SchemaEntry, name=_text(256), shape=_many(_whole(0, 2**40), 16), dtype=_text(16))
 _hello = _record(
     Hello,
@@ -160,6 +186,8 @@ _hello = _record(
     name=_name,
     purpose=lambda value: Purpose(_whole(0, 1)(value)),
     member=_member,
+    instance=_counter,
+    age_ms=_counter,
 )
 _other_version = _record(OtherVersion, protocol=_whole(0, 2**31), name=_name)
 
@@ -173,9 +201,9 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     # The position is the number on the wire. ONLY APPEND TO THIS LIST.
     (Hello, _hello_of_any_version),
     (Refusal, _record(Refusal, reason=_reason)),
-    (Members, _record(Members, members=_many(_member, 64), reply=_flag)),
-    (Ping, _record(Ping, sequence=_counter)),
-    (Ack, _record(Ack, sequence=_counter)),
+    (Members, _record(Members, members=_many(_member, 64))),
+    (Ping, _record(Ping, sequence=_counter, table=_version)),
+    (Ack, _record(Ack, sequence=_counter, table=_version)),
     (SchemaRequest, _record(SchemaRequest, run=_run_name, start=_index)),
     (
         SchemaPage,
@@ -204,6 +232,14 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     (Fragment, _record(Fragment, exchange=_counter, index=_index, received=_index)),
     (Delta, _record(Delta, exchange=_counter, index=_index, halved=_flag)),
     (FinishExchange, _record(FinishExchange, exchange=_counter)),
+    (PingRequest, _record(PingRequest, sequence=_counter, node=_node)),
+    (
+        PingReport,
+        _record(PingReport, sequence=_counter, verdict=lambda value: Verdict(_whole(0, 2)(value))),
+    ),
+    (Versions, _record(Versions, versions=_versions)),
+    (Wanted, _record(Wanted, versions=_versions)),
+    (IdentityTaken, _record(IdentityTaken, host=_text(64))),
 )
 _NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
 
@@ -214,7 +250,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     slots = getattr(type(value), "__dataclass_fields__", None)
     if slots is None:
-        return int(value) if isinstance(value, (State, Purpose)) else value
+        return int(value) if isinstance(value, IntEnum) else value
     return [_plain(getattr(value, name)) for name in slots]
 
 
@@ -244,7 +280,7 @@ def decode(header: bytes | bytearray | memoryview) -> Message:
             strict_map_key=True,
             max_str_len=1024,
             max_bin_len=0,
-            max_array_len=256,
+            max_array_len=MEMBERS_LIMIT + 1,
             max_map_len=0,
             max_ext_len=0,
         )

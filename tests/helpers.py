@@ -293,11 +293,18 @@ class BadMember:
             "runs": (),
         }
         member = Member(**{**fields, **row})
-        return Hello(protocol=protocol, name=member.name, purpose=purpose, member=member)
+        return Hello(
+            protocol=protocol,
+            name=member.name,
+            purpose=purpose,
+            member=member,
+            instance=1,
+            age_ms=0,
+        )
 
     def farewell(self):
         """A row that says that this member leaves, so that nobody looks for it."""
-        return Members(members=(self.hello(state=State.LEFT).member,), reply=False)
+        return Members(members=(self.hello(state=State.LEFT).member,))
 
     def greeted(self, port, purpose=Purpose.CONTROL, **row):
         """A connection on which both sides said Hello."""

@@ -44,6 +44,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Versions,
 )
 from mesh.errors import MeshError
 from tests.helpers import BadMember, Host, NumpyTraining, parsed, until
@@ -222,7 +223,7 @@ BAD_FIRST_BYTES = {
     "an unknown message": frame(msgpack.packb([99, 1])),
     "a Hello without a row": frame(msgpack.packb([0, PROTOCOL, "bad", 0])),
     "a Hello for a purpose that is none": frame(msgpack.packb([0, PROTOCOL, "bad", 7, []])),
-    "a Ping before Hello": wire.encode(Ping(sequence=1)),
+    "a Ping before Hello": wire.encode(Ping(sequence=1, table=0)),
     "an exchange before Hello": wire.encode(FinishExchange(exchange=1)),
 }
 
@@ -344,7 +345,7 @@ def test_a_row_that_breaks_a_rule_is_refused(bad, port, target, name):
 def test_a_page_of_more_rows_than_fit_is_refused(bad, port, target):
     before = target.refused("protocol")
     connection = bad.greeted(port)
-    connection.push(frame(msgpack.packb([2, [["aaaaaaaa", "x", 1, 0, [], []]] * 65, False])))
+    connection.push(frame(msgpack.packb([2, [["aaaaaaaa", "x", 1, 0, [], [], []]] * 65])))
     assert isinstance(connection.hear_until_closed()[-1], Refusal)
     assert target.refused("protocol") == before + 1
 
@@ -353,14 +354,14 @@ def test_answers_that_nobody_asked_for_change_nothing(bad, port, target, trainin
     before = target.status()["refused"]
     connection = bad.greeted(port)
     for sequence in range(1000, 1100):
-        connection.say(Ack(sequence=sequence))
+        connection.say(Ack(sequence=sequence, table=0))
     connection.say(SchemaPage(run="never heard of", start=0, total=5, entries=()))
     page = SchemaPage(run=training.run, start=2**32, total=2**32, entries=training.entries)
     connection.say(page)
     connection.say(SchemaRequest(run="never heard of", start=0))
     connection.say(SchemaRequest(run=training.run, start=2**32))
-    connection.say(Ping(sequence=77))
-    until(lambda: connection.hear() == Ack(sequence=77), "the connection still works")
+    connection.say(Ping(sequence=77, table=0))
+    until(lambda: acknowledged(connection, 77), "the connection still works")
     assert target.status()["refused"] == before
     connection.close()
 
@@ -369,7 +370,7 @@ def test_who_asks_and_never_listens_loses_messages_and_nothing_else(bad, port, t
     connection = bad.greeted(port)
     connection.stall()
     for _ in range(3000):
-        connection.say(Members(members=(), reply=True))
+        connection.say(Versions(versions=()))
     assert target.answers()
     connection.close()
 
@@ -395,19 +396,24 @@ def row(number=0, **changes):
     return Member(**{**fields, **changes})
 
 
+def acknowledged(connection, sequence):
+    message = connection.hear()
+    return isinstance(message, Ack) and message.sequence == sequence
+
+
 def tell(connection, rows, at_once):
     """Sends rows, and waits until the node has read them."""
     for start in range(0, len(rows), at_once):
-        connection.say(Members(members=tuple(rows[start : start + at_once]), reply=False))
-    connection.say(Ping(sequence=123))
-    until(lambda: connection.hear() == Ack(sequence=123), "they are read")
+        connection.say(Members(members=tuple(rows[start : start + at_once])))
+    connection.say(Ping(sequence=123, table=0))
+    until(lambda: acknowledged(connection, 123), "they are read")
 
 
 @pytest.mark.parametrize("beyond", [0, 1, -1])
 def test_a_hello_with_the_last_incarnation_is_survived(worst, victim, beyond):
     connection = worst.connect(victim.port)
     connection.say(worst.hello(incarnation=INCARNATION_LIMIT + beyond))
-    connection.say(Ping(sequence=1))
+    connection.say(Ping(sequence=1, table=0))
     connection.hear_until(lambda message: isinstance(message, Ack | Refusal))
     connection.close()
     until(victim.answers, "it lives")
@@ -421,7 +427,7 @@ def test_a_row_with_an_address_that_is_none_is_refused_and_never_looked_up(bad, 
     before = target.refused("protocol")
     connection = bad.greeted(port)
     addresses = [[text, 1]]
-    connection.push(frame(msgpack.packb([2, [["invented9", "x", 1, 0, addresses, []]], False])))
+    connection.push(frame(msgpack.packb([2, [["invented9", "x", 1, 0, addresses, [], []]]])))
     assert isinstance(connection.hear_until_closed()[-1], Refusal)
     assert target.refused("protocol") == before + 1
 
@@ -436,7 +442,7 @@ def test_rows_as_long_as_they_may_be_are_passed_on_in_frames_that_fit(bad, worst
     connection = bad.greeted(victim.port)
     tell(connection, rows, at_once=8)
     other = worst.greeted(victim.port)
-    other.say(Members(members=(), reply=True))
+    other.say(Versions(versions=()))
     heard = set()
 
     def all_heard():
@@ -455,8 +461,8 @@ def test_a_table_that_a_member_filled_with_inventions_is_bounded(bad, worse, vic
     tell(connection, [row(number) for number in range(MEMBERS_LIMIT + 500)], at_once=64)
     assert len(victim.peers()) <= MEMBERS_LIMIT
     other = worse.greeted(victim.port)
-    other.say(Ping(sequence=5))
-    until(lambda: other.hear() == Ack(sequence=5), "a newcomer is talked to all the same")
+    other.say(Ping(sequence=5, table=0))
+    until(lambda: acknowledged(other, 5), "a newcomer is talked to all the same")
     other.close()
     connection.close()
 
@@ -470,9 +476,7 @@ def test_lies_about_a_node_itself_are_refuted(bad, victim):
         (State.LEFT, now + 10_000),
         (State.LEFT, INCARNATION_LIMIT - 1),
     ]:
-        connection.say(
-            Members(members=(row(node=own, state=state, incarnation=incarnation),), reply=False)
-        )
+        connection.say(Members(members=(row(node=own, state=state, incarnation=incarnation),)))
 
         def refuted():
             message = connection.hear()
@@ -558,7 +562,7 @@ def an_answer(connection, bad, training):
 
 
 def control_message(connection, bad, training):
-    connection.say(Ping(sequence=1))
+    connection.say(Ping(sequence=1, table=0))
 
 
 def older_exchange(connection, bad, training):
@@ -809,7 +813,7 @@ BAD_ANSWERS = {
     "a delta of another exchange": answer_with(
         lambda n, t: (Delta(exchange=n + 1, index=0, halved=False), bytes(4 * FRAGMENT_ENTRIES))
     ),
-    "a ping": answer_with(lambda n, t: (Ping(sequence=1), b"")),
+    "a ping": answer_with(lambda n, t: (Ping(sequence=1, table=0), b"")),
     "a delta before the yes": lambda c, o, t: c.say(
         Delta(exchange=o.exchange, index=0, halved=False), bytes(4 * FRAGMENT_ENTRIES)
     ),

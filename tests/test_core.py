@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.contacts import FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
-from mesh.core.detector import SILENCE_S, Detector
 from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
 from mesh.core.messages import (
@@ -18,7 +17,6 @@ from mesh.core.messages import (
     WINDOW,
     Hello,
     Member,
-    Members,
     NodeId,
     Purpose,
     RunInfo,
@@ -107,6 +105,12 @@ def test_the_table_is_bounded_and_forgets_the_gone_before_the_living():
 # --------------------------------------------------------------------------------------- contacts
 
 
+def connect(contacts, node, number, *, contact=None, instance=1, now=0.0):
+    return contacts.connected(
+        node, number, contact=contact, instance=instance, age_s=0.0, host="", now=now
+    )
+
+
 def test_of_two_crossed_connections_both_ends_keep_the_one_of_the_lower_id():
     for first in (ME, A):
         at_me, at_a = Contacts(ME, Random(1)), Contacts(A, Random(1))
@@ -116,19 +120,21 @@ def test_of_two_crossed_connections_both_ends_keep_the_one_of_the_lower_id():
             for contacts, own, other in ((at_me, ME, A), (at_a, A, ME)):
                 contacts.suggest(AT, 0.0, source="mdns", node=other)
                 contact = other[:16] if dialler == own else None
-                contacts.connected(other, number, contact=contact, incarnation=1, host="", now=0.0)
+                connect(contacts, other, number, contact=contact)
         kept_me, kept_a = at_me.connections[A], at_a.connections[ME]
         assert kept_me.number == kept_a.number
         assert kept_me.dialled_by == min(ME, A)
 
 
-def test_a_restarted_peer_replaces_the_connection_of_its_former_self():
+def test_a_newer_process_or_a_second_dial_replaces_a_connection():
     contacts = Contacts(ME, Random(1))
-    assert contacts.connected(A, 1, contact=None, incarnation=5, host="", now=0.0) == (True, None)
-    assert contacts.connected(A, 2, contact=None, incarnation=6, host="", now=0.0) == (True, 1)
-    assert contacts.connected(A, 3, contact=None, incarnation=5, host="", now=0.0) == (False, None)
+    assert connect(contacts, A, 1) == (True, None)
+    kept, old = connect(contacts, A, 2, instance=2)
+    assert (kept, old.number) == (True, 1)
+    kept, old = connect(contacts, A, 3, instance=2)
+    assert (kept, old.number) == (True, 2)
     assert not contacts.lost(A, 1, 0.0)
-    assert contacts.lost(A, 2, 0.0)
+    assert contacts.lost(A, 3, 0.0)
 
 
 def test_what_was_given_by_hand_is_retried_for_ever_and_a_rumour_is_not():
@@ -150,49 +156,13 @@ def test_what_was_given_by_hand_is_retried_for_ever_and_a_rumour_is_not():
 
 def test_a_node_does_not_dial_itself_or_whoever_is_connected():
     contacts = Contacts(ME, Random(1))
-    contacts.suggest(AT, 0.0, source="mdns", hint=ME[:16])
+    contacts.suggest(AT, 0.0, source="member", node=ME)
     assert contacts.due(0.0) == []
     contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
     [due] = contacts.due(0.0)
-    contacts.connected(A, 1, contact=due.key, incarnation=1, host="", now=0.0)
+    connect(contacts, A, 1, contact=due.key)
     contacts.suggest(AT, 1.0, source="member", node=A)
     assert contacts.due(1.0) == []
-
-
-# --------------------------------------------------------------------------------------- detector
-
-
-def deaths(detector, until_s, start_s=0.0):
-    """When each death was told, looking as often as the detector asks to be looked at."""
-    found, now = {}, start_s
-    while now < until_s:
-        detector.due_pings(now)
-        found |= {node: now for node in detector.due_deaths(now)}
-        now = min(until_s, max(now + 0.01, detector.next_deadline()))
-    return found
-
-
-def test_five_silent_seconds_are_a_death_and_any_word_is_life():
-    detector = Detector()
-    detector.connected(A, 0.0)
-    assert deaths(detector, 4.9) == {}
-    detector.heard(A, 4.9)
-    assert deaths(detector, 30.0, 4.9) == {A: pytest.approx(4.9 + SILENCE_S, abs=0.02)}
-
-
-def test_a_disconnected_peer_is_dead_as_soon_after_its_last_word():
-    detector = Detector()
-    detector.connected(A, 0.0)
-    detector.disconnected(A)
-    assert deaths(detector, 30.0) == {A: pytest.approx(SILENCE_S, abs=0.02)}
-
-
-def test_a_process_that_was_stopped_itself_calls_nobody_dead():
-    detector = Detector()
-    detector.connected(A, 0.0)
-    detector.due_deaths(0.5)
-    assert detector.due_deaths(60.0) == []
-    assert deaths(detector, 90.0, 60.0) == {A: pytest.approx(60.0 + SILENCE_S, abs=0.02)}
 
 
 # --------------------------------------------------------------------------------------- protocol
@@ -200,22 +170,14 @@ def test_a_process_that_was_stopped_itself_calls_nobody_dead():
 
 def hello(node, incarnation=1):
     member = row(node, incarnation)
-    return Hello(protocol=PROTOCOL, name=member.name, purpose=Purpose.CONTROL, member=member)
-
-
-def test_only_who_lost_a_connection_calls_a_node_dead():
-    protocol = MeshProtocol(first_row(ME, "me", 1, AT), Random(1))
-    protocol.handle(ev.PeerConnected(node=A, connection=1, hello=hello(A), contact=None), 0.0)
-    hearsay = Members(members=(row(B),), reply=False)
-    protocol.handle(ev.Received(node=A, connection=1, message=hearsay), 0.0)
-    states = {}
-    for node, key in ((B, B[:16]), (A, A[:16])):
-        if node == A:
-            protocol.handle(ev.PeerLost(node=A, connection=1, reason="end of file"), 1.0)
-        failed = ev.DialFailed(contact=key, refused=True, reason="connection refused")
-        protocol.handle(failed, 1.0)
-        states = {p.node: p.state for p in protocol.statistics(1.0).peers}
-    assert states == {A: "dead", B: "alive"}
+    return Hello(
+        protocol=PROTOCOL,
+        name=member.name,
+        purpose=Purpose.CONTROL,
+        member=member,
+        instance=1,
+        age_ms=0,
+    )
 
 
 def test_the_protocol_is_at_rest_after_everything_due_was_done():

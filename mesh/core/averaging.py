@@ -130,6 +130,13 @@ class Averaging:
         for run in self._runs.values():
             run.poke(now)
 
+    def row_changed(self, row: Member, now: float) -> list[ev.Effect]:
+        """A member's row, or its connection, is another than before."""
+        self.peers_changed(now)
+        if row.state is State.LEFT:
+            self._schemas.forget(row.node)
+        return self.ask_about_schemas(row) if row.state <= State.SUSPECT else []
+
     def next_deadline(self) -> float:
         return min((run.next_deadline() for run in self._runs.values()), default=math.inf)
 
@@ -205,10 +212,6 @@ class Averaging:
             return self._send(node, more)
         reason = self._schemas.reason(node, page.run, theirs.schema)
         return [ev.Note(text=f"{member.name} ({short(node)}) is incompatible: {reason}")]
-
-    def forget(self, node: NodeId) -> None:
-        """The node left."""
-        self._schemas.forget(node)
 
     def incompatible(self, member: Member) -> str:
         """Why no run of this node can be averaged with this member; empty where one can, or where

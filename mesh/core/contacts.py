@@ -3,8 +3,10 @@
 Rules: 1. A contact is a set of addresses behind which a node may be; its node id, once TLS told it,
 names it. 2. Nobody is dialled while connected. 3. Contacts given by hand are retried for ever with a
 jittered back-off to 30 s, members while the table says alive, rumours a few times. 4. Of two
-connections between the same two nodes the one dialled by the lower node id stays, on both ends; a
-newer incarnation or a second dial by the same node replaces what it must have lost.
+connections between the same two processes the one dialled by the lower node id stays, on both ends; a
+newer process or a second dial by the same one replaces what it must have lost. 5. In a large mesh
+(`limited`) a node dials only until it has DIAL_BELOW connections, or where it must (want()), and gives
+up the one that was used longest ago above CONNECTIONS_LIMIT: what a node spends stays flat.
 """
 
 import math
@@ -33,6 +35,12 @@ STEADY_S = 5.0
 CONTACTS_LIMIT = 1024
 ADDRESSES_LIMIT = 16
 
+DIAL_BELOW = 16
+CONNECTIONS_LIMIT = 32
+"""Control connections in a large mesh. Sixteen random neighbours keep a thousand nodes in one piece
+and watched (Erdos-Renyi: log n + c are enough); the gap between the two numbers is what keeps one
+node's giving up from becoming another's dialling."""
+
 
 @dataclass(slots=True)
 class Contact:
@@ -50,6 +58,8 @@ class Contact:
     """why it cannot be reached, as last said"""
     host: str = ""
     """where its node was found last"""
+    wanted: bool = False
+    """to be dialled even where there are connections enough"""
 
 
 @dataclass(slots=True)
@@ -58,10 +68,13 @@ class Connection:
 
     number: int
     dialled_by: NodeId
-    incarnation: int
+    instance: int
+    began_at: float
+    """when the process on the other end began, by this node's clock"""
     via: str
     host: str
     since: float
+    used_at: float
 
 
 class Contacts:
@@ -72,6 +85,8 @@ class Contacts:
         self._rng = rng
         self._contacts: dict[str, Contact] = {}
         self.connections: dict[NodeId, Connection] = {}
+        self.limited = False
+        """whether this is a large mesh: rule 5"""
 
     def suggest(
         self,
@@ -81,9 +96,10 @@ class Contacts:
         source: str,
         node: NodeId | None = None,
         hint: str = "",
+        wanted: bool = False,
     ) -> None:
         """Somebody may listen there: dial at once unless connected or being dialled."""
-        if not addresses or node == self._own or (hint and self._own.startswith(hint)):
+        if not addresses or node == self._own:
             return
         key = (node or hint)[:HINT_LENGTH] or str(addresses[0])
         contact = self._contacts.get(key)
@@ -93,6 +109,7 @@ class Contacts:
             contact = Contact(key=key, addresses=(), by_hand=source == "peer", source=source)
             self._contacts[key] = contact
         contact.node = node or contact.node
+        contact.wanted |= wanted
         if contact.node is None and hint:
             contact.node = next((n for n in self.connections if n.startswith(hint)), None)
         # The newest addresses lead: after a restart on another port the old ones are dead.
@@ -105,9 +122,16 @@ class Contacts:
 
     def due(self, now: float) -> list[Contact]:
         """Contacts to dial now; each stays `dialling` until connected() or failed()."""
-        due = [c for c in self._contacts.values() if self._wants_dial(c) and c.dial_at <= now]
-        for contact in due:
-            contact.dialling = True
+        room = self._room()
+        due = []
+        for contact in self._contacts.values():
+            if contact.dial_at <= now and self._wants_dial(contact):
+                if not self._must(contact):
+                    if room <= 0:
+                        continue
+                    room -= 1
+                contact.dialling = True
+                due.append(contact)
         return due
 
     def failed(self, key: str, now: float, *, itself: bool) -> Contact | None:
@@ -115,7 +139,7 @@ class Contacts:
         contact = self._contacts.get(key)
         if contact is None:
             return None
-        contact.dialling = False
+        contact.dialling = contact.wanted = False
         contact.attempts += 1
         if itself and contact.node is None:
             contact.attempts = RUMOUR_ATTEMPTS
@@ -131,34 +155,47 @@ class Contacts:
         number: int,
         *,
         contact: str | None,
-        incarnation: int,
+        instance: int,
+        age_s: float,
         host: str,
         now: float,
-    ) -> tuple[bool, int | None]:
-        """A new connection passed both hellos.
+    ) -> tuple[bool, Connection | None]:
+        """A new connection passed both hellos; `instance` and `age_s` are of the other process.
 
-        Returns whether it is kept, and the number of the one it replaces, if any.
+        Returns whether it is kept, and the one that it replaces, if any.
         """
         via = "incoming"
         if contact is not None and contact in self._contacts:
             found = self._contacts[contact]
-            found.dialling, found.node = False, node
+            found.dialling, found.node, found.wanted = False, node, False
             found.dial_at, found.reason = math.inf, ""
             via = found.source
-        dialler = node if contact is None else self._own
         new = Connection(
             number=number,
-            dialled_by=dialler,
-            incarnation=incarnation,
+            dialled_by=node if contact is None else self._own,
+            instance=instance,
+            began_at=now - age_s,
             via=via,
             host=host,
             since=now,
+            used_at=now,
         )
         old = self.connections.get(node)
         if old is not None and not self._replaces(new, old):
             return False, None
         self.connections[node] = new
-        return True, old.number if old else None
+        return True, old
+
+    def surplus(self) -> list[tuple[NodeId, Connection]]:
+        """Connections above the limit, those used longest ago; they are this node's no more."""
+        count = len(self.connections) - CONNECTIONS_LIMIT
+        if not self.limited or count <= 0:
+            return []
+        oldest = sorted(self.connections.items(), key=lambda item: item[1].used_at)[:count]
+        for node, _ in oldest:
+            del self.connections[node]
+            self.drop(node)
+        return oldest
 
     def lost(self, node: NodeId, number: int, now: float) -> bool:
         """A connection ended; True if it was the one in use. The node is due to be dialled."""
@@ -191,14 +228,20 @@ class Contacts:
             contact.dial_at = now + LAST_RETRY_S
 
     def drop(self, node: NodeId) -> None:
-        """The node left: nobody looks for it. What was given by hand stays."""
+        """Nobody looks for this node any more. What was given by hand stays."""
         gone = [c.key for c in self._contacts.values() if c.node == node and not c.by_hand]
         for key in gone:
             del self._contacts[key]
 
     def next_deadline(self) -> float:
+        room = self._room() > 0
         return min(
-            (c.dial_at for c in self._contacts.values() if self._wants_dial(c)), default=math.inf
+            (
+                c.dial_at
+                for c in self._contacts.values()
+                if self._wants_dial(c) and (room or self._must(c))
+            ),
+            default=math.inf,
         )
 
     def _back_off(self, contact: Contact) -> float:
@@ -210,7 +253,20 @@ class Contacts:
             contact.node is None or contact.node not in self.connections
         )
 
+    def _must(self, contact: Contact) -> bool:
+        """Whether rule 5 makes an exception."""
+        return contact.wanted or (contact.by_hand and contact.node is None)
+
+    def _room(self) -> int:
+        """How many more may be dialled now."""
+        if not self.limited:
+            return CONTACTS_LIMIT
+        dialling = sum(contact.dialling for contact in self._contacts.values())
+        return DIAL_BELOW - len(self.connections) - dialling
+
     def _replaces(self, new: Connection, old: Connection) -> bool:
-        if new.incarnation != old.incarnation:
-            return new.incarnation > old.incarnation
-        return new.dialled_by == old.dialled_by or new.dialled_by < old.dialled_by
+        return (
+            new.instance != old.instance
+            or new.dialled_by == old.dialled_by
+            or new.dialled_by < old.dialled_by
+        )

@@ -1,104 +1,375 @@
-"""Failure detector, first version: a connected peer that stays silent too long is dead.
+"""Failure detector: SWIM's probes, suspicion with Lifeguard's confirmations and local health.
 
-Rules: 1. Silence is measured on this node's own monotonic clock. 2. Only peers that this node was
-connected to are watched: of the others it knows by hearsay and lets those speak who were. Processes
-that die are seen sooner, by end of file and a refused redial (protocol.py).
+A failure's trip: on_deadline() picks whom to probe -> Ping; no Ack in 0.5 s -> three helpers are asked
+(PingRequest); nothing by the end of the second -> Silent: this node accuses it. Every row that says
+suspect comes back as suspected(), which starts the timer; others that find the same shorten it; unless
+the suspect refutes, Gone.
+
+Rules: 1. Time is this node's own monotonic clock, and if its loop runs late everybody else's deadlines
+move as much (health.py). 2. Any word from a node is life, not only an Ack. 3. One probe per interval,
+of the member that was silent for longest: SWIM's round robin, ordered by evidence instead of chance, so
+that in five nodes somebody probes a dead one after 0.5 s instead of 1.6 s (docs/reliability.md).
+4. A refused connection is a death only if another member is refused as well, or there is no other.
 """
 
 import math
 from dataclasses import dataclass
+from random import Random
 
-from mesh.core.messages import NodeId, Ping
+from mesh.core.health import Health
+from mesh.core.messages import (
+    Member,
+    NodeId,
+    Ping,
+    PingReport,
+    PingRequest,
+    Verdict,
+)
+from mesh.core.suspicion import Suspicion, suspicion_of
 
-PING_INTERVAL_S = 1.0
-"""One ping a second and peer, as SWIM probes: 60 bytes each."""
+PROBE_INTERVAL_S = 1.0
+PROBE_TIMEOUT_S = 0.5
+"""SWIM's period, and when helpers are asked; memberlist's LAN defaults."""
 
-SILENCE_S = 5.0
-"""Five pings unanswered. A laptop's Wi-Fi roams in 1-3 s; a process stopped for 3 s must not die."""
+HELPERS = 3
+"""Of three random helpers one has a good path, even where a third of all packets is lost."""
+
+HELPER_TIMEOUT_S = 0.4
+"""A helper gives up a little before its asker does, so that its "silent" still counts."""
+
+REFUSED_S = 5.0
+"""How long a refused connection is known without dialling again."""
+
+ERRANDS_LIMIT = 256
+"""Probes in others' places at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tell:
+    """Send this."""
+
+    node: NodeId
+    message: Ping | PingRequest | PingReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """Dial this member: somebody asks whether it is there."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silent:
+    """This node finds the member silent: accuse it."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    """The member is dead."""
+
+    node: NodeId
+    reason: str
+
+
+Finding = Tell | Reach | Silent | Gone
 
 
 @dataclass(slots=True)
 class _Watch:
     heard_at: float
-    ping_at: float
-    connected: bool
-    sequence: int = 0
-    sent_at: float = 0.0
+    order: float
+    connected: bool = False
+    refused_at: float = -math.inf
     rtt_s: float | None = None
 
 
+@dataclass(slots=True)
+class _Probe:
+    node: NodeId
+    sent_at: float
+    ask_at: float
+    fail_at: float
+    asker: tuple[NodeId, int] | None = None
+    """in whose place, and its number for it"""
+    refused: bool = False
+    """it began with a refused connection: one more and the member is gone"""
+    helpers: int = 0
+    nacks: int = 0
+
+
 class Detector:
-    """Whom this node listens for, and when it last heard of each."""
+    """Whom this node watches, what it waits for, and whom it suspects."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
         self._watches: dict[NodeId, _Watch] = {}
-        self._looked_at = -math.inf
+        self._probes: dict[int, _Probe] = {}
+        self._suspicions: dict[NodeId, Suspicion] = {}
+        self._sequence = 0
+        self._probe_at = math.inf
+        self.health = Health()
 
-    def connected(self, node: NodeId, now: float) -> None:
-        watch = self._watches.get(node)
-        if watch is None:
-            self._watches[node] = _Watch(heard_at=now, ping_at=now, connected=True)
-        else:
-            watch.heard_at = watch.ping_at = now
-            watch.connected = True
+    # -------------------------------------------------------------------------------- watching
+
+    def watch(self, node: NodeId, now: float) -> None:
+        """Somebody else knows this member: find out whether it lives even if it never connects."""
+        if node not in self._watches:
+            self._watches[node] = _Watch(heard_at=now, order=self._rng.random())
+            if self._probe_at == math.inf:
+                self._probe_at = now + self._rng.uniform(0, PROBE_INTERVAL_S)
+
+    def connected(self, node: NodeId, now: float, table: int, *, dialled: bool) -> list[Finding]:
+        """A handshake proves life; whoever dialled probes at once, to compare tables."""
+        self.watch(node, now)
+        watch = self._watches[node]
+        watch.heard_at, watch.connected, watch.refused_at = now, True, -math.inf
+        findings: list[Finding] = []
+        for sequence, probe in self._probes_of(node):
+            if probe.asker is not None:
+                findings += self._report(sequence, Verdict.REACHED)
+            else:
+                del self._probes[sequence]
+        return findings + (self._probe(node, now, table) if dialled else [])
 
     def disconnected(self, node: NodeId) -> None:
-        """No pings without a connection; the silence goes on counting."""
+        """The connection ended; whether the node did is still to be found out."""
         if node in self._watches:
             self._watches[node].connected = False
 
-    def forget(self, node: NodeId) -> None:
+    def unwatch(self, node: NodeId) -> None:
+        """Others watch it (a large mesh)."""
         self._watches.pop(node, None)
+        self._probes = {s: p for s, p in self._probes.items() if p.node != node}
+
+    def forget(self, node: NodeId) -> None:
+        """It is dead, or left."""
+        self.unwatch(node)
+        self._suspicions.pop(node, None)
 
     def heard(self, node: NodeId, now: float) -> None:
         if node in self._watches:
             self._watches[node].heard_at = now
 
-    def acknowledged(self, node: NodeId, sequence: int, now: float) -> None:
-        watch = self._watches.get(node)
-        if watch is not None and watch.sequence == sequence:
-            watch.rtt_s = now - watch.sent_at
-
     def rtt_s(self, node: NodeId) -> float | None:
         watch = self._watches.get(node)
         return watch.rtt_s if watch else None
-
-    def is_watched(self, node: NodeId) -> bool:
-        """Whether this node was connected to it, and has not called it dead since."""
-        return node in self._watches
 
     def silent_for_s(self, node: NodeId, now: float) -> float | None:
         watch = self._watches.get(node)
         return now - watch.heard_at if watch else None
 
-    def due_pings(self, now: float) -> list[tuple[NodeId, Ping]]:
-        """Pings to send now."""
-        pings = []
-        for node, watch in self._watches.items():
-            if watch.connected and watch.ping_at <= now:
-                watch.sequence += 1
-                watch.sent_at = now
-                watch.ping_at = now + PING_INTERVAL_S
-                pings.append((node, Ping(sequence=watch.sequence)))
-        return pings
+    # ---------------------------------------------------------------------------------- probes
 
-    def due_deaths(self, now: float) -> list[NodeId]:
-        """Peers that were silent for too long; they are watched no more."""
-        if now - self._looked_at > 2 * PING_INTERVAL_S:
-            # This process was stopped or starved, not the others: what they said meanwhile waits.
-            for watch in self._watches.values():
-                watch.heard_at = now
-        self._looked_at = now
-        silent = [n for n, w in self._watches.items() if now >= w.heard_at + SILENCE_S]
-        for node in silent:
-            del self._watches[node]
-        return silent
+    def acknowledged(self, node: NodeId, sequence: int, now: float) -> list[Finding]:
+        probe = self._probes.get(sequence)
+        if probe is None or probe.node != node:
+            return []
+        if node in self._watches:
+            self._watches[node].rtt_s = now - probe.sent_at
+        if probe.asker is not None:
+            return self._report(sequence, Verdict.REACHED)
+        del self._probes[sequence]
+        self.health.change(-1)
+        return []
+
+    def refused(self, node: NodeId, now: float, reason: str) -> list[Finding]:
+        """Its machine answered that nobody listens there."""
+        watch = self._watches.get(node)
+        if watch is None:
+            return []
+        watch.refused_at = now
+        findings: list[Finding] = []
+        for sequence, probe in self._probes_of(node):
+            if probe.asker is not None:
+                findings += self._report(sequence, Verdict.REFUSED)
+        if any(probe.refused for _, probe in self._probes_of(node)):
+            return findings
+        helpers = self._helpers(node)
+        if not helpers:
+            return [*findings, Gone(node=node, reason=reason)]
+        self._sequence += 1
+        self._probes[self._sequence] = _Probe(
+            node=node,
+            sent_at=now,
+            ask_at=math.inf,
+            fail_at=now + PROBE_INTERVAL_S * self.health.multiplier,
+            refused=True,
+            helpers=len(helpers),
+        )
+        return findings + self._ask(self._sequence, node, helpers)
+
+    def requested(
+        self, asker: NodeId, sequence: int, node: NodeId, now: float, table: int
+    ) -> list[Finding]:
+        """Another member asks this one to probe `node` in its place."""
+        watch = self._watches.get(node)
+        verdict: Verdict | None = None
+        if watch is not None and now - watch.refused_at < REFUSED_S and not watch.connected:
+            verdict = Verdict.REFUSED
+        elif sum(p.asker is not None for p in self._probes.values()) >= ERRANDS_LIMIT:
+            verdict = Verdict.SILENT
+        if verdict is not None:
+            return [Tell(node=asker, message=PingReport(sequence=sequence, verdict=verdict))]
+        self._sequence += 1
+        self._probes[self._sequence] = _Probe(
+            node=node,
+            sent_at=now,
+            ask_at=math.inf,
+            fail_at=now + HELPER_TIMEOUT_S,
+            asker=(asker, sequence),
+        )
+        if watch is None or not watch.connected:
+            return [Reach(node=node)]
+        return [Tell(node=node, message=Ping(sequence=self._sequence, table=table))]
+
+    def reported(self, sequence: int, verdict: Verdict, now: float) -> list[Finding]:
+        """What a helper found."""
+        probe = self._probes.get(sequence)
+        if probe is None or probe.asker is not None:
+            return []
+        match verdict:
+            case Verdict.REACHED:
+                del self._probes[sequence]
+                self.heard(probe.node, now)
+                return []
+            case Verdict.SILENT:
+                probe.nacks += 1
+                return []
+            case Verdict.REFUSED:
+                del self._probes[sequence]
+                if probe.refused:
+                    return [Gone(node=probe.node, reason="connection refused, to others as well")]
+                return [Silent(node=probe.node)]
+
+    # ------------------------------------------------------------------------------- suspicion
+
+    def suspected(self, row: Member, living: int, now: float, table: int) -> list[Finding]:
+        """The table says that this member is suspect; `living` members are in it."""
+        suspicion = self._suspicions.get(row.node)
+        if suspicion is None or suspicion.incarnation != row.incarnation:
+            self._suspicions[row.node] = suspicion_of(row, living, now)
+        else:
+            suspicion.accusers = len(row.accusers)
+        watch = self._watches.get(row.node)
+        if watch is None or now - watch.heard_at < PROBE_TIMEOUT_S:
+            return []
+        return self._probe(row.node, now, table)  # to confirm it, or to know better
+
+    def cleared(self, node: NodeId) -> None:
+        """The suspect refuted."""
+        self._suspicions.pop(node, None)
+
+    # ------------------------------------------------------------------------------- deadlines
 
     def next_deadline(self) -> float:
-        # Looks every second, so that a longer gap between two looks is a stall of its own.
-        deadline = self._looked_at + PING_INTERVAL_S if self._watches else math.inf
-        for watch in self._watches.values():
-            deadline = min(deadline, watch.heard_at + SILENCE_S)
-            if watch.connected:
-                deadline = min(deadline, watch.ping_at)
+        deadline = self._probe_at
+        for probe in self._probes.values():
+            deadline = min(deadline, probe.ask_at, probe.fail_at)
+        for suspicion in self._suspicions.values():
+            deadline = min(deadline, suspicion.deadline)
         return deadline
+
+    def on_deadline(self, now: float, table: int) -> list[Finding]:
+        """Everything that is due. `table`: fingerprint of this node's table, for the probes."""
+        if now < self.next_deadline():
+            return []
+        self._forgive(now)
+        findings: list[Finding] = []
+        for sequence, probe in list(self._probes.items()):
+            if now >= probe.fail_at:
+                findings += self._failed(sequence, probe)
+            elif now >= probe.ask_at:
+                probe.ask_at = math.inf
+                if not self._heard_since(probe):
+                    helpers = self._helpers(probe.node)
+                    probe.helpers = len(helpers)
+                    findings += self._ask(sequence, probe.node, helpers)
+        for node, suspicion in list(self._suspicions.items()):
+            if now >= suspicion.deadline:
+                findings += self._judge(node, suspicion, now)
+        if now >= self._probe_at:
+            findings += self._next_probe(now, table)
+        return findings
+
+    def _forgive(self, now: float) -> None:
+        """This process was stopped or starved, not the others: what they said meanwhile waits."""
+        lag_s = self.health.forgiven_s(now - self.next_deadline())
+        if not lag_s:
+            return
+        for probe in self._probes.values():
+            probe.ask_at += lag_s
+            probe.fail_at += lag_s
+        for suspicion in self._suspicions.values():
+            suspicion.since += lag_s
+        self._probe_at += lag_s
+
+    def _next_probe(self, now: float, table: int) -> list[Finding]:
+        if not self._watches:
+            self._probe_at = math.inf
+            return []
+        self._probe_at = now + PROBE_INTERVAL_S * self.health.multiplier
+        probed = {p.node for p in self._probes.values() if p.asker is None}
+        waiting = [item for item in self._watches.items() if item[0] not in probed]
+        if not waiting:
+            return []
+        node, _ = min(waiting, key=lambda item: (item[1].heard_at, item[1].order))
+        return self._probe(node, now, table)
+
+    def _probe(self, node: NodeId, now: float, table: int) -> list[Finding]:
+        if any(probe.asker is None for _, probe in self._probes_of(node)):
+            return []
+        self._sequence += 1
+        connected = self._watches[node].connected
+        self._probes[self._sequence] = _Probe(
+            node=node,
+            sent_at=now,
+            ask_at=now + PROBE_TIMEOUT_S * self.health.multiplier if connected else now,
+            fail_at=now + PROBE_INTERVAL_S * self.health.multiplier,
+        )
+        if not connected:
+            return []
+        return [Tell(node=node, message=Ping(sequence=self._sequence, table=table))]
+
+    def _failed(self, sequence: int, probe: _Probe) -> list[Finding]:
+        if probe.asker is not None:
+            return self._report(sequence, Verdict.SILENT)
+        del self._probes[sequence]
+        if self._heard_since(probe):
+            return []
+        # Helpers that did not even say "silent" are a sign that this node hears badly.
+        self.health.change(probe.helpers - probe.nacks if probe.helpers else 1)
+        return [Silent(node=probe.node)]
+
+    def _judge(self, node: NodeId, suspicion: Suspicion, now: float) -> list[Finding]:
+        watch = self._watches.get(node)
+        if watch is not None and watch.heard_at > suspicion.since:
+            suspicion.since = now  # it lives; whoever accuses it has yet to hear so
+            return []
+        others = suspicion.accusers
+        said = "1 member says so" if others == 1 else f"{others} members say so"
+        return [Gone(node=node, reason=f"silent: {said}")]
+
+    def _heard_since(self, probe: _Probe) -> bool:
+        watch = self._watches.get(probe.node)
+        return watch is not None and watch.heard_at > probe.sent_at
+
+    def _report(self, sequence: int, verdict: Verdict) -> list[Finding]:
+        probe = self._probes.pop(sequence)
+        assert probe.asker is not None
+        asker, number = probe.asker
+        return [Tell(node=asker, message=PingReport(sequence=number, verdict=verdict))]
+
+    def _probes_of(self, node: NodeId) -> list[tuple[int, _Probe]]:
+        return [(s, p) for s, p in self._probes.items() if p.node == node]
+
+    def _helpers(self, node: NodeId) -> list[NodeId]:
+        able = [n for n, w in self._watches.items() if w.connected and n != node]
+        return self._rng.sample(able, min(HELPERS, len(able)))
+
+    @staticmethod
+    def _ask(sequence: int, node: NodeId, helpers: list[NodeId]) -> list[Finding]:
+        request = PingRequest(sequence=sequence, node=node)
+        return [Tell(node=helper, message=request) for helper in helpers]

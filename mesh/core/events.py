@@ -67,6 +67,15 @@ class PeerLost:
     node: NodeId
     connection: int
     reason: str
+    told: bool = False
+    """the peer said why it closes: no sign of its death"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwinMet:
+    """This node dialled, or was dialled by, an older process with its own node id."""
+
+    host: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +156,7 @@ Event = (
     | DialFailed
     | PeerIncompatible
     | PeerLost
+    | TwinMet
     | Received
     | AddressesChanged
     | RunAttached
@@ -183,6 +193,13 @@ class Hangup:
 
     connection: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """The peer is dead: end its connections at once, bulk ones as well, without a word."""
+
+    node: NodeId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,4 +256,13 @@ class Note:
     text: str
 
 
-Effect = Dial | Send | Hangup | StartExchange | Begin | Offer | StoreIncarnation | Note
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """This node must not go on: end the process, with this reason."""
+
+    reason: str
+
+
+Effect = (
+    Dial | Send | Hangup | Abandon | StartExchange | Begin | Offer | StoreIncarnation | Note | Stop
+)

@@ -1,18 +1,21 @@
 """The member table (SWIM, Das et al. 2002; words as in memberlist).
 
-Rules: 1. A row is replaced only by a row of higher incarnation, or of equal incarnation and later
-state (alive < suspect < dead < left), so merging is commutative, associative and idempotent. 2. Only
-the owner raises its incarnation: to publish a change of its row, or to refute a rumour of its end.
-3. Incarnations are counters kept on disk in blocks, never a clock.
+Rules: 1. A row is replaced only by a row that says more: higher incarnation, then later state (alive <
+suspect < dead < left), then, of a suspect, more accusers. So merging is commutative, associative and
+idempotent. 2. Only the owner raises its incarnation: to publish a change of its row, or to refute what
+others say of it. 3. Incarnations are counters kept on disk in blocks, never a clock. 4. The dead and
+the left are kept for an hour, so that nobody brings them back, and told to others for ten minutes.
 
 A row's trip: a peer's Members message -> merge() -> the rows that changed -> passed on by gossip.py.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
+from hashlib import blake2b
 
 from mesh.core.address import Address
 from mesh.core.messages import (
+    ACCUSERS_LIMIT,
     Member,
     NodeId,
     RunInfo,
@@ -31,18 +34,47 @@ INCARNATION_LIMIT = 2**31
 rows beyond are refused. Exchange numbers begin at a node's incarnation times 2**32, so they fit into
 63 bits."""
 
+KEEP_ENDED_S = 3600.0
+"""A partition may last: its members are listed, and looked for, this long."""
+
+TELL_ENDED_S = 600.0
+"""A death is told this long; were it told as long as it is kept, tables would hand it to each other
+for ever."""
+
 
 def supersedes(new: Member, old: Member) -> bool:
-    """Whether `new` says more than `old` of the same node."""
-    return (new.incarnation, new.state) > (old.incarnation, old.state)
+    """Whether `new` says more than `old` of the same node, accusers aside.
+
+    Rows of equal incarnation and state are one row, unless an owner lost its disk and began again
+    at the same number: then the content decides, the same way everywhere, until the owner hears of it.
+    """
+    if (new.incarnation, new.state) != (old.incarnation, old.state):
+        return (new.incarnation, new.state) > (old.incarnation, old.state)
+    return _content(new) > _content(old)
+
+
+def _content(row: Member) -> str:
+    return str((row.name, row.addresses, row.runs))
+
+
+def version(row: Member) -> int:
+    """64 bits of everything in a row: equal in two tables where the rows are."""
+    text = f"{row.node} {row.incarnation} {int(row.state)} {row.accusers} {_content(row)}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 class Membership:
-    """All members that this node has heard of, itself included."""
+    """All members that this node has heard of, itself included. Times are monotonic seconds."""
 
     def __init__(self, own: Member) -> None:
         self._own = own
         self._others: dict[NodeId, Member] = {}
+        self._ended_at: dict[NodeId, float] = {}
+        self._versions: dict[NodeId, int] = {own.node: version(own)}
+        self.living = 1
+        """members that are alive or suspect, this node included"""
+        self.fingerprint = self._versions[own.node]
+        """of all living rows: equal in two tables where those are"""
 
     @property
     def own(self) -> Member:
@@ -52,10 +84,6 @@ class Membership:
     def others(self) -> dict[NodeId, Member]:
         return self._others
 
-    def rows(self) -> list[Member]:
-        """The full table, for push/pull."""
-        return [self._own, *self._others.values()]
-
     def publish(
         self,
         *,
@@ -64,16 +92,17 @@ class Membership:
         state: State | None = None,
     ) -> Member:
         """Changes this node's own row and raises its incarnation; the caller passes the row on."""
-        self._own = replace(
-            self._own,
-            incarnation=min(self._own.incarnation + 1, INCARNATION_LIMIT - 1),
-            addresses=self._own.addresses if addresses is None else addresses,
-            runs=self._own.runs if runs is None else runs,
-            state=self._own.state if state is None else state,
+        return self._own_row(
+            replace(
+                self._own,
+                incarnation=min(self._own.incarnation + 1, INCARNATION_LIMIT - 1),
+                addresses=self._own.addresses if addresses is None else addresses,
+                runs=self._own.runs if runs is None else runs,
+                state=self._own.state if state is None else state,
+            )
         )
-        return self._own
 
-    def merge(self, rows: Iterable[Member]) -> list[Member]:
+    def merge(self, rows: Iterable[Member], now: float = 0.0) -> list[Member]:
         """Takes in rows of another table; returns those that this table did not know yet.
 
         A rumour about this node itself is refuted: the row returned for it is its own, raised above.
@@ -85,41 +114,105 @@ class Membership:
                 continue
             if row.node == self._own.node:
                 refuted |= self._refute(row)
-            elif self._accept(row):
-                news.append(row)
+            elif (accepted := self._accept(row, now)) is not None:
+                news.append(accepted)
         return [self._own, *news] if refuted else news
 
-    def declare(self, node: NodeId, state: State) -> Member | None:
-        """This node's own finding about another; None where it was known already."""
+    def declare(self, node: NodeId, state: State, now: float = 0.0) -> Member | None:
+        """This node's own finding about another; None where it was known already. Of a suspicion
+        this node becomes an accuser."""
         old = self._others.get(node)
-        if old is None or state <= old.state:
+        if old is None:
             return None
-        self._others[node] = replace(old, state=state)
-        return self._others[node]
+        accusers = (self._own.node,) if state is State.SUSPECT else ()
+        return self._accept(replace(old, state=max(state, old.state), accusers=accusers), now)
 
-    def _accept(self, row: Member) -> bool:
+    def expire(self, now: float) -> list[NodeId]:
+        """Forgets those that ended an hour ago; returns them."""
+        gone = [node for node, at in self._ended_at.items() if now - at > KEEP_ENDED_S]
+        for node in gone:
+            self._forget(node)
+        return gone
+
+    # ------------------------------------------------------------------------------ push/pull
+
+    def versions(self, now: float) -> tuple[int, ...]:
+        """Of every row that others are told."""
+        return tuple(self._versions[row.node] for row in self._told(now))
+
+    def compare(self, theirs: Iterable[int], now: float) -> tuple[list[Member], tuple[int, ...]]:
+        """(rows that a table of these versions lacks, versions that this one lacks)."""
+        known = set(theirs)
+        lacked = [row for row in self._told(now) if self._versions[row.node] not in known]
+        return lacked, tuple(sorted(known.difference(self._versions.values())))
+
+    def rows_of(self, versions: Iterable[int], now: float) -> list[Member]:
+        """The rows of these versions, as far as they are still what this table says."""
+        wanted = set(versions)
+        return [row for row in self._told(now) if self._versions[row.node] in wanted]
+
+    def _told(self, now: float) -> list[Member]:
+        ended = self._ended_at
+        rows = self._others.values()
+        return [self._own, *(r for r in rows if now - ended.get(r.node, now) <= TELL_ENDED_S)]
+
+    # ----------------------------------------------------------------------------------- rows
+
+    def _accept(self, row: Member, now: float) -> Member | None:
+        """The row as it stands now, if it changed."""
         old = self._others.get(row.node)
         if old is None:
             if len(self._others) >= MEMBERS_LIMIT and not self._forget_one():
-                return False
+                return None
         elif not supersedes(row, old):
-            return False
+            if row.state is not State.SUSPECT or supersedes(old, row):
+                return None
+            accusers = tuple(sorted({*old.accusers, *row.accusers})[:ACCUSERS_LIMIT])
+            if accusers == old.accusers:
+                return None
+            row = replace(row, accusers=accusers)
+        self._count_out(row.node)
         self._others[row.node] = row
-        return True
+        self._versions[row.node] = version(row)
+        if row.state <= State.SUSPECT:
+            self._ended_at.pop(row.node, None)
+            self.living += 1
+            self.fingerprint ^= self._versions[row.node]
+        else:
+            self._ended_at.setdefault(row.node, now)
+        return row
 
     def _refute(self, rumour: Member) -> bool:
-        if not supersedes(rumour, self._own):
+        own = self._own
+        same = rumour.incarnation == own.incarnation and _content(rumour) != _content(own)
+        if not same and not supersedes(rumour, own):
             return False
         raised = min(rumour.incarnation + 1, INCARNATION_LIMIT - 1)
-        self._own = replace(self._own, incarnation=raised)
+        self._own_row(replace(own, incarnation=raised))
         return True
 
+    def _own_row(self, row: Member) -> Member:
+        self.fingerprint ^= self._versions[row.node]
+        self._own, self._versions[row.node] = row, version(row)
+        self.fingerprint ^= self._versions[row.node]
+        return row
+
+    def _count_out(self, node: NodeId) -> None:
+        old = self._others.get(node)
+        if old is not None and old.state <= State.SUSPECT:
+            self.living -= 1
+            self.fingerprint ^= self._versions[node]
+
+    def _forget(self, node: NodeId) -> None:
+        self._count_out(node)
+        del self._others[node], self._versions[node]
+        self._ended_at.pop(node, None)
+
     def _forget_one(self) -> bool:
-        """Makes room by a member that left or died; the living are never forgotten."""
-        gone = next((m.node for m in self._others.values() if m.state >= State.DEAD), None)
-        if gone is None:
+        """Makes room by the member that ended first; the living are never forgotten."""
+        if not self._ended_at:
             return False
-        del self._others[gone]
+        self._forget(next(iter(self._ended_at)))
         return True
 
 

@@ -14,7 +14,7 @@ from mesh.core.address import Address
 NodeId = NewType("NodeId", str)
 """base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
 
 FRAGMENT_ENTRIES = 262_144
@@ -56,9 +56,13 @@ class RunInfo:
     seldom; of two that trained alone the one that came further gives"""
 
 
+ACCUSERS_LIMIT = 4
+"""Members that a suspicion names: the first accuser and the three that confirm it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One row of the member table. Only the member itself changes anything but `state`."""
+    """One row of the member table. Only the member itself changes anything but state and accusers."""
 
     node: NodeId
     name: str
@@ -66,6 +70,8 @@ class Member:
     state: State
     addresses: tuple[Address, ...]
     runs: tuple[RunInfo, ...]
+    accusers: tuple[NodeId, ...] = ()
+    """of a suspect: who found it silent, each by itself; the ACCUSERS_LIMIT lowest ids, in order"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +98,10 @@ class Hello:
     name: str
     purpose: Purpose
     member: Member
+    instance: int
+    """drawn at random when the process started: two at once with one node id are a copied identity"""
+    age_ms: int
+    """how long the process runs, by its own monotonic clock: of two the younger has to go"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,20 +121,24 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    """Rows of the sender's table (push/pull). `reply` asks for the receiver's table in return."""
+    """Rows of the sender's table: news, or what the receiver's table lacked."""
 
     members: tuple[Member, ...]
-    reply: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
+    """A probe. `table` is the sender's fingerprint of the living rows: where the two differ, tables
+    are compared (Versions)."""
+
     sequence: int
+    table: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
     sequence: int
+    table: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +223,68 @@ class FinishExchange:
     exchange: int
 
 
-ControlMessage = Refusal | Members | Ping | Ack | SchemaRequest | SchemaPage
+class Verdict(IntEnum):
+    """What a helper found when it was asked to probe somebody."""
+
+    REACHED = 0
+    SILENT = 1
+    REFUSED = 2
+    """the machine answers, and nobody listens there"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PingRequest:
+    """Asks the receiver to probe `node` in the sender's place (SWIM's ping-req)."""
+
+    sequence: int
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PingReport:
+    """The helper's answer. Silence is answered too (Lifeguard's nack): it tells the asker that at
+    least its own ears work."""
+
+    sequence: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """Push/pull, first half: a 64-bit version of each row of the sender's table. The receiver answers
+    with the rows that the sender lacks (Members) and asks for those that it lacks itself (Wanted)."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Push/pull, second half: asks for the rows of these versions."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentityTaken:
+    """Another process with the receiver's node id runs, for longer: the receiver has to go."""
+
+    host: str
+    """where the other one is; empty where that is not known"""
+
+
+ControlMessage = (
+    Refusal
+    | Members
+    | Ping
+    | Ack
+    | SchemaRequest
+    | SchemaPage
+    | PingRequest
+    | PingReport
+    | Versions
+    | Wanted
+    | IdentityTaken
+)
 BulkMessage = (
     OpenExchange | ExchangeOpened | ExchangeRefused | Fragment | Delta | FinishExchange | Refusal
 )

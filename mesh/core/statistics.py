@@ -17,7 +17,7 @@ class PeerStatistics:
     node: NodeId
     name: str
     state: str
-    """alive, dead, left, or incompatible"""
+    """alive, suspect, dead, left, or incompatible"""
     reason: str
     addresses: tuple[Address, ...]
     via: str | None
@@ -37,3 +37,7 @@ class ProtocolStatistics:
     """peers that each run can average with now"""
     unreached: tuple[tuple[Address, str], ...]
     """peers given by hand that are not connected, and why"""
+    local_health: int
+    """0: well; up to 7: this node runs late or hears badly, and waits longer before it accuses"""
+    fingerprint: int
+    """of the living rows: equal on two nodes whose tables agree"""

@@ -1,0 +1,47 @@
+"""How long a member stays suspect before it is called dead (Lifeguard, Dadgar et al. 2018).
+
+A suspicion that nobody confirms may be the fault of the one who has it, so it lasts twice as long as
+one that CONFIRMATIONS others share; in between it shrinks with the logarithm of their number.
+"""
+
+import math
+from dataclasses import dataclass
+
+from mesh.core.messages import Member
+
+SUSPICION_S = 3.0
+"""Confirmed: 3 * max(1, log10 n) s. A process stopped for 3 s refutes in time (it is suspect after 1 s
+at the soonest), and news has log n hops to travel."""
+
+CONFIRMATIONS = 3
+
+
+@dataclass(slots=True)
+class Suspicion:
+    """Of one member, at one of its incarnations."""
+
+    incarnation: int
+    since: float
+    accusers: int
+    wanted: int
+    """confirmations after which it lasts no longer than base_s"""
+    base_s: float
+
+    @property
+    def deadline(self) -> float:
+        if self.wanted <= 0:
+            return self.since + self.base_s
+        accusers = max(1, min(self.accusers, self.wanted + 1))
+        confirmed = math.log(accusers) / math.log(self.wanted + 1)
+        return self.since + self.base_s * (2 - confirmed)
+
+
+def suspicion_of(row: Member, living: int, now: float) -> Suspicion:
+    """A new one. `living`: members in the table, the suspect and this node included."""
+    return Suspicion(
+        incarnation=row.incarnation,
+        since=now,
+        accusers=len(row.accusers),
+        wanted=min(CONFIRMATIONS, living - 2),
+        base_s=SUSPICION_S * max(1.0, math.log10(max(1, living))),
+    )
