@@ -8,13 +8,16 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from mesh import __version__
 from mesh.core.messages import PROTOCOL
 from mesh.core.statistics import PeerStatistics
 from mesh.node import NodeStatistics
 from mesh.runs import RunStatistics
+
+POOR_HEALTH: Final = 3
+"""Local health from which a person should know: probes take four times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +55,13 @@ def status(
             "addresses": [str(address) for address in own.addresses],
             "incarnation": str(own.incarnation),
             "uptime_s": round(statistics.uptime_s, 3),
+            "local_health": statistics.protocol.local_health,
         },
         "mesh": {"id": mesh},
         "health": _health(statistics),
-        "peers": {kind: states.count(kind) for kind in ("alive", "dead", "incompatible")},
+        "peers": {
+            kind: states.count(kind) for kind in ("alive", "suspect", "dead", "incompatible")
+        },
         "runs": [_run(run) for run in statistics.runs],
         "exits": [
             {
@@ -103,6 +109,11 @@ def _health(statistics: NodeStatistics) -> list[str]:
         for run in statistics.runs
         if run.counters.non_finite
     ]
+    if statistics.protocol.local_health >= POOR_HEALTH:
+        warnings.append(
+            "this node runs late or hears badly: is the machine overloaded, or its network down? "
+            "It waits longer before it calls others dead"
+        )
     if not statistics.protocol.own.addresses:
         warnings.append("no network address: waiting for an interface to come up")
     return warnings

@@ -274,7 +274,8 @@ def test_a_node_of_another_protocol_is_told_why_and_listed(bad, host, port, targ
     else:
         connection.say(bad.hello(protocol=99, name="from the future"))
     refusal = connection.hear_until_closed()[-1]
-    assert refusal == Refusal(reason="protocol 1 there, 99 here: update the older of the two")
+    reason = f"protocol {PROTOCOL} there, 99 here: update the older of the two"
+    assert refusal == Refusal(reason=reason)
 
     def listed():
         answer = parsed(host.mesh("peers", "--json", "--state", "target"))
@@ -282,7 +283,7 @@ def test_a_node_of_another_protocol_is_told_why_and_listed(bad, host, port, targ
 
     (peer,) = until(listed, "it is listed")
     assert (peer["id"], peer["name"]) == (bad.id, "from the future")
-    assert peer["reason"] == "protocol 99 there, 1 here: update the older of the two"
+    assert peer["reason"] == f"protocol 99 there, {PROTOCOL} here: update the older of the two"
     assert "incompatible" in host.mesh("peers", "--state", "target").stdout
     bad.greeted(port).close()  # updated: it is a member like others now
     until(lambda: not listed(), "it is no stranger any more")

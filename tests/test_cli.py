@@ -23,7 +23,7 @@ STATUS = {
         "name": str,
         "pid": int,
         "version": mesh.__version__,
-        "protocol": 1,
+        "protocol": 2,
         "state": str,
         "addresses": [str],
         "incarnation": str,
@@ -235,7 +235,7 @@ def test_a_node_says_how_it_is_as_json_and_as_text(pair):
     fits(status, STATUS)
     assert (status["node"]["name"], status["node"]["pid"]) == ("a", a.pid)
     assert status["node"]["state"] == str(a.state)
-    assert status["peers"] == {"alive": 1, "dead": 0, "incompatible": 0}
+    assert status["peers"] == {"alive": 1, "suspect": 0, "dead": 0, "incompatible": 0}
     assert status["health"] == []
 
     peers = parsed(host.mesh("peers", "--state", "a", "--json"))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mesh.core.messages import PROTOCOL
 from tests.lan.lab import PORT, Lab, Machine, until
 
 HERE = Path(__file__).parent
@@ -242,7 +243,7 @@ def test_the_announcement_tells_strangers_nothing_but_where_to_knock(lab: Lab) -
         tag = entry["txt"].pop("m")
         assert len(bytes.fromhex(tag)) == 8
         tags.add(tag)
-        assert entry["txt"] == {"txtvers": "1", "id": short, "v": "1"}
+        assert entry["txt"] == {"txtvers": "1", "id": short, "v": str(PROTOCOL)}
         packet = bytes.fromhex(entry["packet"]).lower()
         for secret in (machine.name, machine.status()["mesh"]["id"], token.removeprefix("mesh1-")):
             assert secret.encode().lower() not in packet
