@@ -111,6 +111,9 @@ class SimulatedDisk:
             file = old if old is new else self._rng.choice((old, new))
             if file is not None:
                 left[name] = file
+        for name, file in list(left.items()):  # a rename is one step: a file has one name
+            if self._seen.get(name) is not file and list(left.values()).count(file) > 1:
+                del left[name]
         for file in left.values():
             file.seen = file.durable = self._what_is_left(file)
         self._seen, self._durable = left, dict(left)
