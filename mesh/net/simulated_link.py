@@ -7,7 +7,8 @@ receive_into, once its time has come. Rules: 1. Bytes of one direction arrive in
 end that sent what is not acknowledged for USER_TIMEOUT_S is lost, and no other end; one that sends
 nothing notices nothing. 4. Whoever sends to an end that is no more is reset. 5. No task and no timer
 of its own: the reader and the writer of a stream each wait under a deadline, and what happens to the
-connection moves that deadline. 6. It knows no protocol.
+connection moves that deadline. 6. As over a socket, a call that need not wait lets no other task run.
+7. It knows no protocol.
 """
 
 from collections import deque
@@ -83,7 +84,6 @@ class SimulatedStream:
     async def send_all(self, data: bytes | memoryview) -> None:
         self._medium.enter(self._process)
         view = memoryview(bytes(data))
-        await trio.lowlevel.checkpoint()
         await self._process.awake()
         self._check()
         while len(view):
@@ -100,7 +100,6 @@ class SimulatedStream:
     async def receive_into(self, view: memoryview) -> int:
         self._medium.enter(self._process)
         pieces = self._other._sent
-        await trio.lowlevel.checkpoint()
         while True:
             await self._process.awake()
             if self._closed or self._process.gone:
