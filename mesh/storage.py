@@ -1,8 +1,8 @@
 """What a node keeps in its state directory, and the list of nodes that run on this machine.
 
 Rules: 1. Every file is written whole (disk.py): a kill or a full disk at any point leaves the last
-good one. 2. Files are 0600 in a 0700 directory. 3. A
-damaged file is never fatal where the mesh can tell again what was in it.
+good one. 2. Files are 0600 in a 0700 directory. 3. A damaged file is never fatal where the mesh can
+tell again what was in it.
 
     node.pem ca.pem mesh.json token   identity.py
     incarnation peers.json            memory.py

@@ -204,8 +204,6 @@ class SimulatedTransport:
                 return self._connected(address)
             await trio.sleep(pause_s)
             await process.awake()
-            if process.gone:
-                break
         raise StreamLost(f"{address} does not answer")
 
     def _arrives(self, address: Address) -> bool:
