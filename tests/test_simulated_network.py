@@ -571,7 +571,10 @@ async def listen(transport, where, *, task_status):
         if len(where) == 1:
             task_status.started()
 
-    await transport.serve(lambda stream: trio.sleep_forever(), listening)
+    async def hold(stream):
+        await trio.sleep_forever()
+
+    await transport.serve(hold, listening)
 
 
 @pytest.mark.parametrize("fault", ["stall", "crash", "vanish", "cut"])
