@@ -82,7 +82,7 @@ def test_a_cut_cable_is_a_suspicion_then_a_death_and_heals_by_itself():
         async with memory_mesh(rng, 4) as mesh:
             await until(lambda: alive_everywhere(mesh), 2.0)
             mesh.network.partition(frozenset({node_id(4)}))
-            await until(lambda: all(mesh.states(i)["n4"] == "suspect" for i in (1, 2, 3)), 3.0)
+            await until(lambda: all(mesh.states(i)["n4"] == "suspect" for i in (1, 2, 3)), 4.0)
             assert all(state == "alive" for name, state in mesh.states(1).items() if name != "n4")
             await until(lambda: all(mesh.states(i)["n4"] == "dead" for i in (1, 2, 3)), 4.0)
             mesh.network.partition()
