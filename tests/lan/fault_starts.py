@@ -11,7 +11,7 @@ from typing import Final
 from tests.lan.faulty_lan import FaultyLab, set_wall_clock
 from tests.lan.findings import BUSY_S, Findings, Size, all_alive
 from tests.lan.lab import Machine
-from tests.lan.still import StillTraining, exchanges, spread, turn
+from tests.lan.still import StillTraining, agree, compare
 
 EQUAL_S: Final = 5.0
 FOUND_S: Final = 3.0
@@ -95,20 +95,10 @@ def clocks(lab: FaultyLab, size: Size, findings: Findings) -> None:
         for value, machine in enumerate(lab.machines)
     ]
 
-    def agree() -> bool:
-        turn(trainings)
-        return spread(trainings) < 1e-3 and exchanges(trainings, "completed") > 0
-
-    findings.come("replicas agree", agree)
-    _check_mean(findings, trainings)
+    findings.come("replicas agree", partial(agree, trainings))
+    compare(findings, "their mean", trainings, sum(range(len(trainings))) / len(trainings))
     for training in trainings:
         training.close()
-
-
-def _check_mean(findings: Findings, trainings: list[StillTraining]) -> None:
-    mean = sum(range(len(trainings))) / len(trainings)
-    off = max(abs(float(training.means[0]) - mean) for training in trainings)
-    findings.check("their mean", off < 2e-3, f"off by {off:.1e}", "off by at most 0.002")
 
 
 def _train(lab: FaultyLab, findings: Findings) -> None:

@@ -1,8 +1,8 @@
 """What a fault showed: each promise beside what was measured, so that tests and tables read alike.
 
 A finding's trip: within() or check() in a fault -> Findings -> a test asserts `failed == []`, or
-`make faults` prints the lines. A promise that is kept late is a finding that is not ok, and the fault
-goes on; what never comes raises Never, because nothing after it would mean anything.
+`make faults` prints the lines. A promise that is kept late, or never, is a finding that is not ok, and
+the fault goes on; where nothing after it would mean anything, come() raises Never.
 """
 
 import time
@@ -62,26 +62,31 @@ class Findings:
         within_s: float,
         *,
         since: float | None = None,
-        show: bool = True,
-    ) -> None:
-        """Waits for condition(), which has to come `within_s` after `since` (default: now).
-
-        `show`: this is a promise. Otherwise it only has to come. Raises Never.
-        """
+    ) -> bool:
+        """A promise: condition() comes `within_s` after `since` (default: now). False: it never did."""
         start = time.monotonic() if since is None else since
-        while not condition():
-            waited_s = time.monotonic() - start
-            if waited_s > within_s + GRACE_S:
-                self.check(what, False, f"never in {waited_s:.1f} s", f"{within_s:g} s")
-                raise Never(f"{what}: never in {waited_s:.1f} s")
-            time.sleep(POLL_S)
+        came = _wait(condition, start, within_s)
         took_s = time.monotonic() - start
-        if show:
-            self.check(what, took_s <= within_s, f"{took_s:.2f} s", f"{within_s:g} s")
+        measured = f"{took_s:.2f} s" if came else f"never in {took_s:.1f} s"
+        self.check(what, came and took_s <= within_s, measured, f"{within_s:g} s")
+        return came
 
     def come(self, what: str, condition: Callable[[], object], within_s: float = BUSY_S) -> None:
-        """Waits for something that has to come, but that nobody promised a time for."""
-        self.within(what, condition, within_s, show=False)
+        """For what has to come, though nobody promised when. Raises Never."""
+        start = time.monotonic()
+        if not _wait(condition, start, within_s):
+            took_s = time.monotonic() - start
+            self.check(what, False, f"never in {took_s:.1f} s", "to come")
+            raise Never(what)
+
+
+def _wait(condition: Callable[[], object], start: float, within_s: float) -> bool:
+    """Looks for GRACE_S longer than allowed, so that a failure tells slow from never."""
+    while not condition():
+        if time.monotonic() - start > within_s + GRACE_S:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def during(seconds: float, look: Callable[[], object], *, pause_s: float = POLL_S) -> None:

@@ -17,10 +17,15 @@ import mesh
 from mesh.core.messages import FRAGMENT_ENTRIES
 from mesh.errors import MeshError
 from tests.helpers import NumpyTraining
+from tests.lan.findings import Findings
 from tests.lan.lab import Machine
 
 OFFER_S: Final = 2.0
 """A node answers its training in a millisecond; on a busy machine its turn may come late."""
+
+AGREED: Final = 0.02
+"""Replicas this close were read while they hardly moved, so their mean is known this well. What a
+fault could do wrong to a fragment moves it by far more: the values that trainings hold are 1 apart."""
 
 Means = np.ndarray
 
@@ -68,6 +73,11 @@ class StillTraining:
             self.means = self._read(self._values)
         return self.means
 
+    def fresh(self) -> Means:
+        """The replica as it is now, also where it was looked at before. Raises MeshError."""
+        self.post()
+        return self.look()
+
     def turn(self) -> None:
         """Looks, and makes an exchange due; attaches again where the node died and is back."""
         with contextlib.suppress(MeshError):
@@ -109,6 +119,26 @@ def turn(trainings: Sequence[StillTraining]) -> None:
 def spread(trainings: Sequence[StillTraining]) -> float:
     """How far apart their replicas were when they were last looked at."""
     return float(np.ptp([training.means for training in trainings], axis=0).max())
+
+
+def agree(trainings: Sequence[StillTraining]) -> bool:
+    """Whether all replicas are one by now; makes an exchange due at each."""
+    turn(trainings)
+    return spread(trainings) < AGREED
+
+
+def compare(
+    findings: Findings, what: str, trainings: Sequence[StillTraining], mean: Means | float
+) -> None:
+    """That replicas which agree hold the mean that had to stay, in every entry of every fragment."""
+    off = max(float(np.abs(training.means - mean).max()) for training in trainings)
+    torn = [training.machine.name for training in trainings if not training.even]
+    findings.check(
+        what,
+        off <= 2 * AGREED and not torn,
+        f"off by {off:.4f}" + (f", torn at {', '.join(torn)}" if torn else ""),
+        f"off by at most {2 * AGREED:g}",
+    )
 
 
 def exchanges(trainings: Sequence[StillTraining], *kinds: str) -> int:
