@@ -124,10 +124,9 @@ def addresses(lab: FaultyLab, size: Size, findings: Findings) -> None:
     for machine in lab.machines:
         machine.up()
     findings.come("the others up", partial(all_alive, others))
-    findings.come(
-        "a node runs for 2 s without an address",
-        lambda: late.status().get("node", {}).get("uptime_s", 0.0) >= 2.0,
-    )
+    findings.come("a node runs without an address", lambda: late.running)
+    listed = len(late.peers())
+    findings.check("peers that it lists then", listed == 0, f"{listed}", "0")
     everybody_alive = partial(all_alive, lab.machines)
     at = late.give_address()
     findings.within("visible, from its first address on", everybody_alive, VISIBLE_S, since=at)
