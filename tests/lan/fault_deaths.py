@@ -72,7 +72,7 @@ def _killed_once(lab: FaultyLab, number: int, findings: Findings) -> bool:
     survivor, victim, bystander = lab.machines
     run, entries = f"round-{number}", FRAGMENTS * FRAGMENT_ENTRIES
     asks = "victim" if number % 2 else "survivor"
-    label = f"round {number + 1}, the {'initiator' if number % 2 else 'responder'} killed"
+    label = f"{'initiator' if number % 2 else 'responder'} killed"
     ours = StillTraining(survivor, 0.0, run=run, entries=entries)
     lost = StillTraining(victim, 1.0, run=run, entries=entries)
     pair = [ours, lost]

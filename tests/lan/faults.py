@@ -86,7 +86,9 @@ def try_all(faults: Sequence[Fault], size: Size) -> list[tuple[Fault, Finding]]:
         if failed:
             print(said, file=sys.stderr)
         print(f"    {len(findings.all)} findings in {took_s:.0f} s: {verdict}", file=sys.stderr)
-        rows += [(fault, finding) for finding in findings.all]
+        for failure in failed:
+            print(f"    {failure}", file=sys.stderr)
+        rows += [(fault, finding) for finding in findings.worst()]
     return rows
 
 

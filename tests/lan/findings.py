@@ -7,7 +7,7 @@ the fault goes on; where nothing after it would mean anything, come() raises Nev
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import permutations
 from typing import Final
@@ -37,6 +37,8 @@ class Finding:
     promised: str
     measured: str
     ok: bool
+    size: float = 0.0
+    """what `measured` says as a number, where findings of one name can be compared"""
 
     def __str__(self) -> str:
         return f"{self.what}: {self.measured}, promised {self.promised}"
@@ -52,8 +54,25 @@ class Findings:
     def failed(self) -> list[str]:
         return [str(finding) for finding in self.all if not finding.ok]
 
-    def check(self, what: str, ok: bool, measured: str, promised: str) -> None:
-        self.all.append(Finding(what=what, promised=promised, measured=measured, ok=ok))
+    def check(
+        self, what: str, ok: bool, measured: str, promised: str, *, size: float = 0.0
+    ) -> None:
+        self.all.append(Finding(what=what, promised=promised, measured=measured, ok=ok, size=size))
+
+    def worst(self) -> list[Finding]:
+        """One finding for each name, in order: of several the one furthest from its promise."""
+        names: dict[str, list[Finding]] = {}
+        for finding in self.all:
+            names.setdefault(finding.what, []).append(finding)
+        worst = []
+        for found in names.values():
+            chosen = max(found, key=lambda finding: (not finding.ok, finding.size))
+            if len(found) > 1:
+                bad = sum(not finding.ok for finding in found)
+                note = f" (worst of {len(found)}, {bad} not kept)"
+                chosen = replace(chosen, measured=chosen.measured + note)
+            worst.append(chosen)
+        return worst
 
     def within(
         self,
@@ -68,7 +87,8 @@ class Findings:
         came = _wait(condition, start, within_s)
         took_s = time.monotonic() - start
         measured = f"{took_s:.2f} s" if came else f"never in {took_s:.1f} s"
-        self.check(what, came and took_s <= within_s, measured, f"{within_s:g} s")
+        ok = came and took_s <= within_s
+        self.check(what, ok, measured, f"{within_s:g} s", size=took_s)
         return came
 
     def come(self, what: str, condition: Callable[[], object], within_s: float = BUSY_S) -> None:

@@ -138,6 +138,7 @@ def compare(
         off <= 2 * AGREED and not torn,
         f"off by {off:.4f}" + (f", torn at {', '.join(torn)}" if torn else ""),
         f"off by at most {2 * AGREED:g}",
+        size=off,
     )
 
 
