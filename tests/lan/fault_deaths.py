@@ -143,14 +143,14 @@ def stopped(lab: FaultyLab, size: Size, findings: Findings) -> None:
     for machine in lab.machines:
         machine.up()
     findings.come("three nodes up", partial(all_alive, lab.machines))
-    watch = DeathWatch([one, two])
+    watch = DeathWatch([one, two], lab.machines)
     program = three.programs[0]
 
     program.send(signal.SIGSTOP)
     during(3.0, watch.look)
     woke = program.send(signal.SIGCONT)
     during(1.0, watch.look)  # a verdict may come late, from what was unanswered meanwhile
-    everybody = DeathWatch(lab.machines, watch.seen)
+    everybody = DeathWatch(lab.machines, lab.machines, watch.seen)
     verdicts = everybody.verdicts()
     findings.check(
         "stopped for 3 s: called dead", not verdicts, ", ".join(verdicts) or "nobody", "nobody"

@@ -139,19 +139,21 @@ class DeathWatch:
     """Remembers who called whom dead, in tables as often as look() is called, and in logs always."""
 
     machines: Sequence[Machine]
+    """those that are asked; one that is stopped cannot answer"""
+    about: Sequence[Machine]
     seen: set[str] = field(default_factory=set)
 
     def look(self) -> None:
+        names = {other.node: other.name for other in self.about}
         for machine in self.machines:
-            names = {other.node: other.name for other in self.machines}
             dead = [node for node, state in states(machine).items() if state == "dead"]
-            self.seen |= {f"{names.get(node, node)} at {machine.name}" for node in dead}
+            self.seen |= {f"{names[node]} at {machine.name}" for node in dead}
 
     def verdicts(self) -> list[str]:
         """`X at Y`: the node of Y said that X is dead."""
         for machine in self.machines:
             said = "".join(program.log.read_text() for program in machine.programs)
-            for other in self.machines:
+            for other in self.about:
                 if f"{other.name} ({other.node[:8]}) is dead" in said:
                     self.seen.add(f"{other.name} at {machine.name}")
         return sorted(self.seen)
