@@ -135,7 +135,7 @@ def addresses(lab: FaultyLab, size: Size, findings: Findings) -> None:
     def in_touch() -> bool:
         """Alive at all, over connections to where it is now, and heard on them."""
         where = hosts(late)
-        heard = [other.peers()[late.node]["seen_s"] for other in others]
+        heard = [other.peers().get(late.node, {}).get("seen_s") for other in others]
         return (
             all_alive(lab.machines)
             and all(connections(other, where) for other in others)

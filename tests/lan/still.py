@@ -23,7 +23,7 @@ from tests.lan.lab import Machine
 OFFER_S: Final = 2.0
 """A node answers its training in a millisecond; on a busy machine its turn may come late."""
 
-AGREED: Final = 0.02
+AGREED: Final = 0.01
 """Replicas this close were read while they hardly moved, so their mean is known this well. What a
 fault could do wrong to a fragment moves it by far more: the values that trainings hold are 1 apart."""
 
