@@ -36,8 +36,8 @@ BACK_S: Final = 3.0
 CLOSED_S: Final = 6.0
 ENDED_S: Final = 10.0
 
-FRAGMENTS: Final = 20
-"""20 MiB: an exchange lasts long enough to kill somebody in the middle of it."""
+FRAGMENTS: Final = 16
+"""16 MiB: an exchange lasts long enough to kill somebody in the middle of it."""
 
 MIDDLE: Final = (0.2, 0.7)
 """A kill falls after this part of the bytes; the rest is for the time that the kill itself takes."""

@@ -18,7 +18,7 @@ DEAD_S: Final = 1.0
 RECONNECTED_S: Final = 10.0
 HEALED_S: Final = 12.0
 
-FRAGMENTS: Final = 16
+FRAGMENTS: Final = 12
 IN_FLIGHT_BYTES: Final = 2 * FRAGMENT_ENTRIES * 4
 """After this much, exchanges have begun and are far from their end."""
 
@@ -176,12 +176,12 @@ def docker(lab: FaultyLab, size: Size, findings: Findings) -> None:
         f"{shared}",
         f"{len(lab.machines)}",
     )
-    during(30.0 if size is Size.FULL else 1.0, lambda: None)
+    during(30.0 if size is Size.FULL else 0.0, lambda: None)
     first, second = lab.machines
     at = second.programs[0].kill()
     # Now the one address of the other that still answers is the first one's own.
     findings.within("killed: dead", lambda: first.lists(second, "dead"), DEAD_S, since=at)
-    during(2.0, lambda: None)
+    during(1.0, lambda: None)
     findings.check(
         "peers that the first lists while it looks for the dead",
         list(first.peers()) == [second.node],
