@@ -40,7 +40,7 @@ FRAGMENTS: Final = 16
 """16 MiB: an exchange lasts long enough to kill somebody in the middle of it."""
 
 MIDDLE: Final = (0.2, 0.7)
-"""A kill falls after this part of the bytes; the rest is for the time that the kill itself takes."""
+"""A kill falls after this part of the bytes; the rest is for the time that the kill takes."""
 
 QUIET_S: Final = 0.3
 """A survivor that did not move for this long has used up what the dead had sent."""
@@ -63,8 +63,8 @@ def killed(lab: FaultyLab, size: Size, findings: Findings) -> None:
 
 
 def _killed_once(lab: FaultyLab, number: int, findings: Findings) -> bool:
-    """One round. Survivor, victim and bystander hold 0, 1 and 5 everywhere. Returns whether the kill
-    fell into the middle.
+    """One round: survivor, victim and bystander hold 0, 1 and 5 everywhere. Returns whether the
+    kill fell into the middle.
 
     What is promised of a fragment at the survivor: it took its half of the difference, or nothing;
     and from then on the dead node's share is out of the game, so the survivors' sum stays.

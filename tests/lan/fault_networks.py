@@ -1,4 +1,4 @@
-"""Faults of the network between nodes: partitions, loss, addresses that come and go, docker's bridge.
+"""Faults of the network: partitions, loss, addresses that come and go, docker's bridge.
 
 Each function breaks one lab and notes what it found. What a partition must not lose is measured
 with trainings that stand still: the mean of their replicas is a constant, fragment by fragment.
@@ -26,7 +26,7 @@ TURN_S: Final = 0.5
 """Between two exchanges of a node: five of them on two cores leave room for the test."""
 
 SMALL: Final = 4096
-"""Entries of a model for lossy lines: 16 kB are a dozen packets, each of which may need repeating."""
+"""Entries of a model for lossy lines: 16 kB are a dozen packets, and any may need repeating."""
 
 
 def partition(lab: FaultyLab, size: Size, findings: Findings) -> None:

@@ -1,4 +1,4 @@
-"""The fault table: every fault that real nodes were promised to survive, and a program that tries it.
+"""The fault table: what real nodes are promised to survive, and a program that tries it.
 
     python -m tests.lan.faults [--only NAME] [--short]        (`make faults`)
 

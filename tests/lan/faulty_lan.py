@@ -1,8 +1,8 @@
-"""A lab whose network can be broken and mended: loss, partitions, silence, links, addresses, clocks.
+"""A lab that can be broken and mended: loss, partitions, silence, links, addresses, clocks.
 
 Rules: 1. Every drop happens in the bridge's forward hook, inside the lab's own namespace, so both
-ends keep their sockets and hear nothing: what a pulled cable looks like. 2. heal() takes all of them
-back at once. 3. What is read of a process (descriptors, connections) is read from outside it.
+ends keep their sockets and hear nothing: what a pulled cable looks like. 2. heal() takes all of
+them back at once. 3. What is read of a process (descriptors, connections) is read from outside it.
 """
 
 import ipaddress

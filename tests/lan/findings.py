@@ -1,8 +1,8 @@
 """What a fault showed: each promise beside what was measured, so that tests and tables read alike.
 
 A finding's trip: within() or check() in a fault -> Findings -> a test asserts `failed == []`, or
-`make faults` prints the lines. A promise that is kept late, or never, is a finding that is not ok, and
-the fault goes on; where nothing after it would mean anything, come() raises Never.
+`make faults` prints the lines. A promise that is kept late, or never, is a finding that is not ok,
+and the fault goes on; where nothing after it would mean anything, come() raises Never.
 """
 
 import time
@@ -82,7 +82,7 @@ class Findings:
         *,
         since: float | None = None,
     ) -> bool:
-        """A promise: condition() comes `within_s` after `since` (default: now). False: it never did."""
+        """A promise: condition() comes `within_s` after `since` (default: now). False: never."""
         start = time.monotonic() if since is None else since
         came = _wait(condition, start, within_s)
         took_s = time.monotonic() - start
