@@ -1,15 +1,19 @@
 # make demo   three nodes on this machine find each other and train one model
 # make test   lint, types and every test, in under ten minutes on two cores
+# make faults real faults on real nodes, at full length: twenty minutes, as root (FAULTS="--only kill")
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 
 demo: .venv/ready
 	$(BIN)/mesh demo
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
+
+faults: .venv/ready
+	$(BIN)/python -m tests.lan.faults $(FAULTS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

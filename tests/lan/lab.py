@@ -88,11 +88,11 @@ class Program:
 
     def kill(self) -> float:
         """kill -9; returns when, on time.monotonic()'s clock."""
-        return self._signal(signal.SIGKILL)
+        return self.send(signal.SIGKILL)
 
     def terminate(self) -> float:
         """SIGTERM; returns when."""
-        return self._signal(signal.SIGTERM)
+        return self.send(signal.SIGTERM)
 
     @property
     def running(self) -> bool:
@@ -102,7 +102,8 @@ class Program:
         """The end of its standard error."""
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
 
-    def _signal(self, number: signal.Signals) -> float:
+    def send(self, number: signal.Signals) -> float:
+        """Sends the signal; returns when."""
         at = time.monotonic()
         self.process.send_signal(number)
         return at
@@ -117,6 +118,8 @@ class Machine:
     host: str
     directory: Path
     programs: list[Program] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    """what every program here gets on top of the test process's own variables"""
 
     @property
     def state(self) -> Path:
@@ -178,6 +181,7 @@ class Machine:
             "XDG_RUNTIME_DIR": str(self.directory),
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            **self.environment,
         }
 
     # ------------------------------------------------------------------------------ questions
@@ -285,17 +289,18 @@ class Lab:
 
     def drop_multicast(self) -> None:
         """From now on the switch forwards no multicast of IPv4."""
-        self._nft("add table bridge lab")
-        self._nft("add chain bridge lab forward { type filter hook forward priority 0; }")
-        self._nft("add rule bridge lab forward ip daddr 224.0.0.0/4 counter drop")
+        self.nft("add table bridge lab")
+        self.nft("add chain bridge lab forward { type filter hook forward priority 0; }")
+        self.nft("add rule bridge lab forward ip daddr 224.0.0.0/4 counter drop")
 
     def dropped_packets(self) -> int:
         """How many packets drop_multicast() kept from arriving."""
-        listed = json.loads(self._nft("--json list chain bridge lab forward"))["nftables"]
+        listed = json.loads(self.nft("--json list chain bridge lab forward"))["nftables"]
         parts = [part for entry in listed if "rule" in entry for part in entry["rule"]["expr"]]
         return sum(part["counter"]["packets"] for part in parts if "counter" in part)
 
-    def _nft(self, words: str) -> str:
+    def nft(self, words: str) -> str:
+        """A rule for what the switch forwards; machine i of `machines` hangs on port{i}."""
         return _ip("netns", "exec", self._switch, "nft", *words.split())
 
     def _build(self) -> None:
