@@ -57,6 +57,8 @@ class Initiator:
         self._refused = refused
         self._idle: dict[NodeId, tuple[Stream, FrameReader]] = {}
         """the one that was used longest ago comes first"""
+        self._scopes: dict[NodeId, list[trio.CancelScope]] = {}
+        """of the exchanges under way"""
 
     async def initiate(self, start: ev.StartExchange) -> None:
         """Performs one StartExchange and reports its ExchangeEnded."""
@@ -71,7 +73,7 @@ class Initiator:
             idle = run.hand_over.offered if run.how is None else None
             run.taken = np.empty_like(run.replica.weights) if idle is None else idle
         try:
-            outcome, reason = await self._drive(run, record, start.addresses)
+            outcome, reason = await self._drive_until_broken_off(run, record, start.addresses)
             if start.pull and outcome is ev.Outcome.COMPLETED:
                 run.replica.fill(run.taken)
         finally:
@@ -96,6 +98,11 @@ class Initiator:
         for stream, _ in self._idle.values():
             await stream.aclose()
         self._idle.clear()
+
+    def break_off(self, peer: NodeId) -> None:
+        """The peer may be gone: its exchanges end here as if their connections had broken."""
+        for scope in self._scopes.get(peer, []):
+            scope.cancel()
 
     async def drop(self, peer: NodeId) -> None:
         """The peer is dead: a connection that idles for it is none."""
@@ -132,6 +139,28 @@ class Initiator:
             case ev.Outcome.ABANDONED:
                 run.counters.failed += 1
 
+    async def _drive_until_broken_off(
+        self, run: Run, record: Initiation, addresses: tuple[Address, ...]
+    ) -> tuple[ev.Outcome, str]:
+        scopes = self._scopes.setdefault(record.peer, [])
+        with trio.CancelScope() as scope:
+            scopes.append(scope)
+            try:
+                return await self._drive(run, record, addresses)
+            finally:
+                scopes.remove(scope)
+                if not scopes:
+                    self._scopes.pop(record.peer, None)
+        record.connection_lost()
+        return self._broken(record), "the peer may be gone"
+
+    @staticmethod
+    def _broken(record: Initiation) -> ev.Outcome:
+        if record.done:
+            # Only our last word was lost: the next exchange says as much.
+            return ev.Outcome.COMPLETED
+        return ev.Outcome.INTERRUPTED if record.in_doubt else ev.Outcome.ABANDONED
+
     async def _drive(
         self, run: Run, record: Initiation, addresses: tuple[Address, ...]
     ) -> tuple[ev.Outcome, str]:
@@ -157,15 +186,14 @@ class Initiator:
                 return ev.Outcome.ABANDONED, str(error)
             except StreamLost as error:
                 if record.done:
-                    # Only our last word was lost: the next exchange says as much.
-                    return ev.Outcome.COMPLETED, ""
+                    return self._broken(record), ""
                 reason = str(error)
                 run.counters.resumed += bool(record.sent_once)
                 record.connection_lost()
                 attempts = 1 if record.applied > applied else attempts + 1
                 # A connection that idled may be gone: the first new one is dialled at once.
                 await trio.sleep(RETRY_S * (attempts - 1))
-        return (ev.Outcome.INTERRUPTED if record.in_doubt else ev.Outcome.ABANDONED), reason
+        return self._broken(record), reason
 
     @contextlib.asynccontextmanager
     async def _stream_to(

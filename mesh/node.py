@@ -274,9 +274,12 @@ class Node:
                 self._links.send(effect.connection, effect.message)
             case ev.Hangup():
                 self._links.hang_up(effect.connection, effect.reason)
+            case ev.BreakOff():
+                self._initiator.break_off(effect.node)
             case ev.Abandon():
                 self._links.abandon(effect.node)
                 self._responder.drop(effect.node)
+                self._initiator.break_off(effect.node)
                 self._nursery.start_soon(self._initiator.drop, effect.node)
             case ev.Stop():
                 raise UsageError(effect.reason)

@@ -177,12 +177,13 @@ class Averaging:
         return tuple(run.info for run in self._runs.values())
 
     def _partners(self, run: Schedule) -> list[Partner]:
-        """Connected living peers of the same run and schema."""
+        """Connected peers of the same run and schema that nobody suspects: an exchange with one that
+        is gone would keep the others waiting."""
         mine = (run.info.run, run.info.schema)
         partners: list[Partner] = []
         for node in self._connections:
             member = self._membership.others.get(node)
-            if member is not None and member.state <= State.SUSPECT:
+            if member is not None and member.state is State.ALIVE:
                 partners += [(node, i) for i in member.runs if (i.run, i.schema) == mine]
         return partners
 

@@ -29,8 +29,9 @@ RUMOUR_ATTEMPTS = 6
 HINT_LENGTH = 16
 """Characters of a node id that mDNS announces: 80 bits, unique in any mesh."""
 
-STEADY_S = 5.0
-"""A connection that lived this long was a good one: if it ends, its node is dialled at once."""
+STEADY_S = 1.0
+"""A connection that lived this long was a good one: if it ends, its node is dialled at once, and a
+process that was killed is known to be dead in milliseconds. One a second is what that costs at most."""
 
 CONTACTS_LIMIT = 1024
 ADDRESSES_LIMIT = 16
@@ -55,6 +56,8 @@ class Contact:
     by_hand: bool
     node: NodeId | None = None
     attempts: int = 0
+    flaps: int = 0
+    """connections in a row that ended as soon as they were made: each counts as a failed attempt"""
     dial_at: float = math.inf
     dialling: bool = False
     source: str = ""
@@ -173,7 +176,7 @@ class Contacts:
         if contact is not None and contact in self._contacts:
             found = self._contacts[contact]
             found.dialling, found.node, found.wanted = False, node, False
-            found.dial_at, found.reason = math.inf, ""
+            found.dial_at, found.reason, found.attempts = math.inf, "", found.flaps
             via = found.source
         new = Connection(
             number=number,
@@ -212,8 +215,8 @@ class Contacts:
         for contact in self._contacts.values():
             if contact.node == node:
                 contact.host = current.host
-                # One that ends as soon as it is made, again and again, backs off like a failure.
-                contact.attempts = 0 if lived else contact.attempts + 1
+                contact.flaps = 0 if lived else contact.flaps + 1
+                contact.attempts = contact.flaps
                 contact.dial_at = now if lived else now + self._back_off(contact)
         return True
 

@@ -196,8 +196,16 @@ class Hangup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BreakOff:
+    """The peer may be gone: end the exchange that this node has begun with it, so that others get
+    their turn; what is in doubt is resumed when it is back."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
-    """The peer is dead: end its connections at once, bulk ones as well, without a word."""
+    """The peer is dead: BreakOff, and end its connections at once, without a word."""
 
     node: NodeId
 
@@ -264,5 +272,15 @@ class Stop:
 
 
 Effect = (
-    Dial | Send | Hangup | Abandon | StartExchange | Begin | Offer | StoreIncarnation | Note | Stop
+    Dial
+    | Send
+    | Hangup
+    | BreakOff
+    | Abandon
+    | StartExchange
+    | Begin
+    | Offer
+    | StoreIncarnation
+    | Note
+    | Stop
 )

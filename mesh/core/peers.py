@@ -227,7 +227,8 @@ class Peers:
     def _suspected(self, row: Member, now: float) -> list[ev.Effect]:
         self._news.append(row)
         table, living = self.membership.fingerprint, self.membership.living
-        return self.found(self.detector.suspected(row, living, now, table), now)
+        found = self.detector.suspected(row, living, now, table)
+        return [ev.BreakOff(node=row.node), *self.found(found, now)]
 
     def _gone(self, node: NodeId, reason: str, now: float) -> list[ev.Effect]:
         row = self.membership.declare(node, State.DEAD, now)
@@ -295,7 +296,7 @@ class Peers:
                     # A living connection is better evidence than hearsay: its owner refutes it.
                     return self.gossip.send(row.node, *pages([row]))
                 self.detector.forget(row.node)
-                return []
+                return [ev.Abandon(node=row.node)]
             case State.LEFT:
                 self.detector.forget(row.node)
                 self.contacts.drop(row.node)
