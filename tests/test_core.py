@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mesh.core import events as ev
 from mesh.core.address import Address
-from mesh.core.contacts import FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
+from mesh.core.contacts import CROSSING_S, FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
 from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
 from mesh.core.messages import (
@@ -137,6 +137,15 @@ def test_a_newer_process_or_a_second_dial_replaces_a_connection():
     assert contacts.lost(A, 3, 0.0)
 
 
+def test_of_two_that_hear_of_each_other_at_once_the_lower_id_dials_first():
+    lower, higher = Contacts(A, Random(1)), Contacts(ME, Random(1))
+    lower.suggest(AT, 0.0, source="mdns", hint=ME[:16])
+    higher.suggest(AT, 0.0, source="mdns", hint=A[:16])
+    assert len(lower.due(0.0)) == 1
+    assert higher.due(0.0) == []
+    assert len(higher.due(CROSSING_S)) == 1
+
+
 def test_what_was_given_by_hand_is_retried_for_ever_and_a_rumour_is_not():
     for source, remains in (("peer", True), ("mdns", False)):
         contacts, now, waits = Contacts(ME, Random(1)), 0.0, []
@@ -158,7 +167,7 @@ def test_a_node_does_not_dial_itself_or_whoever_is_connected():
     contacts = Contacts(ME, Random(1))
     contacts.suggest(AT, 0.0, source="member", node=ME)
     assert contacts.due(0.0) == []
-    contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
+    contacts.suggest(AT, 0.0, source="cache", hint=A[:16])
     [due] = contacts.due(0.0)
     connect(contacts, A, 1, contact=due.key)
     contacts.suggest(AT, 1.0, source="member", node=A)
