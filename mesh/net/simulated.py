@@ -39,7 +39,6 @@ class Weather:
     bytes_per_s: float = 125e6
     bytes_until_lost: float | None = None
     """mean of the bytes that a connection carries before it is lost; None: it never is"""
-    loss: float = 0.0
 
 
 class SimulatedNetwork:
@@ -50,7 +49,7 @@ class SimulatedNetwork:
         self.weather = weather or Weather()
         self._handlers: dict[Address, tuple[NodeId, Handler, trio.Nursery]] = {}
         self._seekers: dict[NodeId, tuple[Callable[[Candidate], None], Candidate]] = {}
-        self._links: dict[_Link, None] = {}
+        self._links: set[_Link] = set()
         self._groups: tuple[frozenset[NodeId], ...] = ()
 
     def partition(self, *groups: frozenset[NodeId]) -> None:
@@ -63,41 +62,6 @@ class SimulatedNetwork:
     def reachable(self, a: NodeId, b: NodeId) -> bool:
         sides = [{a, b} & group for group in self._groups]
         return all(len(side) != 1 for side in sides)
-
-    touched: Callable[[NodeId], None] | None = None
-
-    def touch(self, node: NodeId) -> None:
-        if self.touched is not None:
-            self.touched(node)
-
-    def cut(self, a: NodeId, b: NodeId) -> None:
-        pass
-
-    def heal(self) -> None:
-        self.partition()
-
-    def stall(self, node: NodeId) -> None:
-        pass
-
-    def resume(self, node: NodeId) -> None:
-        pass
-
-    async def awake(self, node: NodeId) -> None:
-        pass
-
-    def lose(self, node: NodeId) -> None:
-        for link in list(self._links):
-            if node in link.ends:
-                link.lose()
-
-    def crash(self, node: NodeId) -> None:
-        for address, (owner, _, _) in list(self._handlers.items()):
-            if owner == node:
-                del self._handlers[address]
-        self.lose(node)
-
-    def vanish(self, node: NodeId) -> None:
-        self.crash(node)
 
     def lose_all(self) -> None:
         """Every connection is lost now."""
@@ -205,7 +169,7 @@ class _Link:
         self.closed_by: set[int] = set()
         mean = network.weather.bytes_until_lost
         self._budget = None if mean is None else network.rng.expovariate(1 / mean)
-        network._links[self] = None
+        network._links.add(self)
 
     def streams(self) -> tuple["SimulatedStream", "SimulatedStream"]:
         return SimulatedStream(self, 0, self.ends[1]), SimulatedStream(self, 1, self.ends[0])
@@ -226,7 +190,7 @@ class _Link:
             while pipe.pieces and pipe.pieces[-1][0] > now:
                 pipe.pieces.pop()
             pipe.wake()
-        self.network._links.pop(self, None)
+        self.network._links.discard(self)
 
     def freeze(self) -> None:
         """Nothing arrives any more and nobody is told: a cut cable."""
@@ -244,7 +208,6 @@ class SimulatedStream:
         self.host = link.hosts[1 - side]
 
     async def send_all(self, data: bytes | memoryview) -> None:
-        self._link.network.touch(self._link.ends[self._side])
         view = memoryview(bytes(data))
         await trio.lowlevel.checkpoint()
         while len(view):
@@ -272,7 +235,6 @@ class SimulatedStream:
         pipe.wake()
 
     async def receive_into(self, view: memoryview) -> int:
-        self._link.network.touch(self._link.ends[self._side])
         pipe = self._in
         await trio.lowlevel.checkpoint()
         while True:
@@ -307,7 +269,7 @@ class SimulatedStream:
         for pipe in self._link.pipes:
             pipe.wake()
         if len(self._link.closed_by) == 2:
-            self._link.network._links.pop(self._link, None)
+            self._link.network._links.discard(self._link)
 
     def _check(self) -> None:
         if self._link.lost or self._link.closed_by:
