@@ -119,7 +119,7 @@ def test_a_peer_that_hangs_up_at_once_again_and_again_is_dialled_ever_more_slowl
             losses = 0
             for _ in range(600):
                 await trio.sleep(0.1)
-                if mesh.network._links:
+                if mesh.network.links:
                     losses += 1
                     mesh.network.lose_all()
             assert losses < 60

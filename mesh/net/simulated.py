@@ -1,72 +1,171 @@
-"""An in-memory network under the Stream contract: delay, bandwidth, lost connections, partitions.
+"""An in-memory network under the Transport contract: who is where, and what befalls the nodes.
 
 One seed decides everything; under trio's autojump clock 200 nodes live a minute in seconds. Rules:
-1. Bytes of one direction arrive in order or not at all. 2. A lost connection ends between any two
-bytes: what had arrived may be read, the rest is gone, both ends learn of it. 3. It knows no protocol.
+1. A fault acts on the process that runs now: a node that comes back with a new SimulatedTransport has
+new streams, its old ones stay dead. 2. Nothing is walked through in an order that depends on hashes.
+3. It knows no protocol. A connection's trip: connect -> its SYN, tried again on a bad line -> two
+SimulatedStreams (simulated_link.py) -> the listener's handler.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Final
 
 import trio
 
 from mesh.core.address import Address
-from mesh.core.messages import (
-    NodeId,
-)
+from mesh.core.messages import NodeId
 from mesh.errors import ConnectionRefused, StreamLost
+from mesh.net.simulated_link import SimulatedStream
+from mesh.net.simulated_medium import Medium, Process, Weather
 from mesh.net.transport import Candidate, Handler
 
-BUFFER_BYTES = 256 * 1024
-"""What one direction holds before its sender waits, like a socket's buffers."""
+__all__ = ["SimulatedDiscovery", "SimulatedNetwork", "SimulatedTransport", "Weather"]
 
-PIECE_BYTES = 64 * 1024
-CONNECT_S = 5.0
-"""How long a dial into a partition takes to fail."""
+CONNECT_S: Final = 5.0
+"""How long a dial that nobody answers takes to fail."""
 
-ANNOUNCE_S = 10.0
+SYN_PAUSES_S: Final = (1.0, 2.0, CONNECT_S - 3.0)
+"""Linux sends a SYN again after 1 s, then 2 s; the third pause is what is left of CONNECT_S."""
+
+ANNOUNCE_S: Final = 10.0
 """How often a node asks again who is there; zeroconf's browser asks after 1, 2, 4, 8.. seconds."""
+
+HEARD: Final = 64
+HEARD_AGAIN: Final = 4
+"""How many candidates a newcomer swaps itself with, and how many whoever asks again, where there are
+more: at 1000 nodes multicast queries and answers crowd each other out, and a browser hears a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weather:
-    """What the network does to connections made from now on."""
-
-    delay_s: tuple[float, float] = (0.0002, 0.002)
-    """one-way, drawn anew for each piece"""
-    bytes_per_s: float = 125e6
-    bytes_until_lost: float | None = None
-    """mean of the bytes that a connection carries before it is lost; None: it never is"""
+class _Listener:
+    process: Process
+    handler: Handler
+    nursery: trio.Nursery
 
 
-class SimulatedNetwork:
-    """All nodes and links of one simulation."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seeker:
+    process: Process
+    found: Callable[[Candidate], None]
+    own: Candidate
+
+
+class SimulatedNetwork(Medium):
+    """All nodes and connections of one simulation, and every fault that can befall them."""
 
     def __init__(self, rng: Random, weather: Weather | None = None) -> None:
-        self.rng = rng
-        self.weather = weather or Weather()
-        self._handlers: dict[Address, tuple[NodeId, Handler, trio.Nursery]] = {}
-        self._seekers: dict[NodeId, tuple[Callable[[Candidate], None], Candidate]] = {}
-        self._links: set[_Link] = set()
-        self._groups: tuple[frozenset[NodeId], ...] = ()
+        super().__init__(rng, weather or Weather())
+        self.processes: dict[NodeId, Process] = {}
+        """the last start of each node"""
+        self.listeners: dict[Address, _Listener] = {}
+        self.owners: dict[Address, NodeId] = {}
+        """who listened where last: a refusal travels as far as its connections would"""
+        self.seekers: dict[NodeId, _Seeker] = {}
+
+    # ------------------------------------------------------------------------------------ the ways
 
     def partition(self, *groups: frozenset[NodeId]) -> None:
-        """Cuts all connections between groups, silently; no group at all: heals."""
-        self._groups = groups
-        for link in list(self._links):
-            if not self.reachable(*link.ends):
-                link.freeze()
+        """Cuts everything between groups, silently; no group at all: this partition heals."""
+        self._sides = {}
+        for number, group in enumerate(groups):
+            for node in group:
+                self._sides[node] = self._sides.get(node, 0) | 1 << number
+        self._ways_changed()
+
+    def cut(self, sender: NodeId, receiver: NodeId) -> None:
+        """Nothing that one sends arrives at the other any more; the way back stays as it is."""
+        self._cuts.add((sender, receiver))
+        self._ways_changed()
+
+    def heal(self) -> None:
+        """Ends every cut and partition."""
+        self._sides, self._cuts = {}, set()
+        self._ways_changed()
 
     def reachable(self, a: NodeId, b: NodeId) -> bool:
-        sides = [{a, b} & group for group in self._groups]
-        return all(len(side) != 1 for side in sides)
+        """Whether both ways between them are open."""
+        return self.open(a, b) and self.open(b, a)
+
+    def _ways_changed(self) -> None:
+        for near in list(self.links.values()):
+            for end in near.ends:
+                end.way_changed()
+
+    # --------------------------------------------------------------------------------- connections
 
     def lose_all(self) -> None:
-        """Every connection is lost now."""
-        for link in list(self._links):
-            link.lose()
+        """Every connection is lost now, and both its ends know."""
+        now = trio.current_time()
+        for near in list(self.links.values()):
+            for end in near.ends:
+                end.lose_at(now)
+
+    def lose(self, node: NodeId) -> None:
+        """Every connection of one node is lost now."""
+        now = trio.current_time()
+        if node in self.processes:
+            for stream in list(self.processes[node].streams.values()):
+                for end in stream.ends:
+                    end.lose_at(now)
+
+    # ----------------------------------------------------------------------------------- processes
+
+    def stall(self, node: NodeId) -> None:
+        """SIGSTOP: its stream calls do not return; its kernel goes on for it."""
+        if node in self.processes:
+            self.processes[node].stall()
+
+    def resume(self, node: NodeId) -> None:
+        """SIGCONT."""
+        if node in self.processes:
+            self.processes[node].resume()
+
+    async def awake(self, node: NodeId) -> None:
+        """Returns when this node is not stalled."""
+        if node in self.processes:
+            await self.processes[node].awake()
+
+    def crash(self, node: NodeId) -> None:
+        """kill -9: its address refuses, the other ends are reset, its dying tasks reach nobody."""
+        if node in self.processes:
+            self.end(self.processes[node], silent=False)
+
+    def vanish(self, node: NodeId) -> None:
+        """A power cut: gone like a crashed one, and nobody is told anything, ever."""
+        process = self.processes.get(node)
+        if process is not None and not process.gone:
+            self.dark[process.address] = process
+            self.end(process, silent=True)
+
+    def end(self, process: Process, *, silent: bool) -> None:
+        """Nothing of this process is left; of a later start of the same node, everything."""
+        if process.gone:
+            return
+        self.silence(process)
+        self.forget_seeker(process)
+        process.end(silent=silent)
+
+    def silence(self, process: Process) -> None:
+        """Nobody listens where this process did."""
+        listener = self.listeners.get(process.address)
+        if listener is not None and listener.process is process:
+            del self.listeners[process.address]
+
+    def forget_seeker(self, process: Process) -> None:
+        """Nobody finds this process any more."""
+        seeker = self.seekers.get(process.node)
+        if seeker is not None and seeker.process is process:
+            del self.seekers[process.node]
+
+    def listen(self, listener: _Listener) -> None:
+        """The machine at this process's address answers, from now on."""
+        address = listener.process.address
+        self.listeners[address] = listener
+        self.owners[address] = listener.process.node
+        if self.dark.pop(address, None) is not None:
+            self._ways_changed()
 
 
 class SimulatedTransport:
@@ -74,50 +173,88 @@ class SimulatedTransport:
 
     def __init__(self, network: SimulatedNetwork, node: NodeId, address: Address) -> None:
         self._network = network
-        self._node = node
-        self._address = address
-        self._mine: set[_Link] = set()
+        self._process = Process(node, address)
+        self._listener: _Listener | None = None
+        self._listening: Callable[[tuple[Address, ...]], None] | None = None
+        network.processes[node] = self._process
 
     async def serve(
         self, handler: Handler, listening: Callable[[tuple[Address, ...]], None]
     ) -> None:
-        handlers = self._network._handlers
+        process = self._process
         try:
             async with trio.open_nursery() as nursery:
-                handlers[self._address] = (self._node, handler, nursery)
-                listening((self._address,))
+                if not process.gone:
+                    self._listener = _Listener(process=process, handler=handler, nursery=nursery)
+                    self._listening = listening
+                    self._network.listen(self._listener)
+                    listening((process.address,))
                 await trio.sleep_forever()
         finally:
-            handlers.pop(self._address, None)
-            for link in list(self._mine):
-                link.lose()
+            self._network.end(process, silent=False)
 
-    async def connect(self, address: Address) -> "SimulatedStream":
+    async def connect(self, address: Address) -> SimulatedStream:
+        network, process = self._network, self._process
+        network.enter(process)
+        await trio.lowlevel.checkpoint()
+        for pause_s in SYN_PAUSES_S:
+            if self._arrives(address):
+                await trio.sleep(network.delay() + network.delay())
+                await process.awake()
+                return self._connected(address)
+            await trio.sleep(pause_s)
+            await process.awake()
+            if process.gone:
+                break
+        raise StreamLost(f"{address} does not answer")
+
+    def _arrives(self, address: Address) -> bool:
+        """Whether a SYN sent now comes there and its answer comes back."""
         network = self._network
-        await trio.sleep(network.rng.uniform(*network.weather.delay_s))
-        if address not in network._handlers:
-            raise ConnectionRefused(f"{address}: connection refused")
-        peer, handler, nursery = network._handlers[address]
-        if not network.reachable(self._node, peer):
-            await trio.sleep(CONNECT_S)
+        loss = network.weather.loss
+        if address in network.dark or (loss and network.rng.random() < loss):
+            return False
+        peer = network.owners.get(address)
+        return peer is None or network.reachable(self._process.node, peer)
+
+    def _connected(self, address: Address) -> SimulatedStream:
+        network, process = self._network, self._process
+        listener = network.listeners.get(address)
+        if process.gone or address in network.dark:
             raise StreamLost(f"{address} does not answer")
-        link = _Link(network, self._node, peer)
-        link.hosts = (self._address.host, address.host)
-        self._mine.add(link)
-        near, far = link.streams()
-        nursery.start_soon(_handle, handler, far)
+        if listener is None:
+            raise ConnectionRefused(f"{address}: connection refused")
+        near = SimulatedStream(network, process, network.number())
+        far = SimulatedStream(network, listener.process, network.number())
+        near.join(far)
+        listener.nursery.start_soon(_handle, listener, far)
         return near
 
+    def move(self, address: Address) -> None:
+        """The machine is elsewhere now; its connections bring nothing any more, to both sides."""
+        network, process = self._network, self._process
+        network.silence(process)
+        network.dark[process.address] = process
+        process.address = address
+        for stream in list(process.streams.values()):
+            stream.sever()
+        if self._listener is not None and not process.gone:
+            network.listen(self._listener)
+            assert self._listening is not None
+            self._listening((address,))
+            process.move()
 
-async def _handle(handler: Handler, stream: "SimulatedStream") -> None:
+
+async def _handle(listener: _Listener, stream: SimulatedStream) -> None:
     try:
-        await handler(stream)
+        await listener.process.awake()
+        await listener.handler(stream)
     finally:
         await stream.aclose()
 
 
 class SimulatedDiscovery:
-    """mDNS of the simulation: everybody running hears of everybody running."""
+    """mDNS of the simulation: everybody running hears of everybody running, up to HEARD."""
 
     def __init__(self, network: SimulatedNetwork, node: NodeId) -> None:
         self._network = network
@@ -128,149 +265,29 @@ class SimulatedDiscovery:
         listening: Callable[[], tuple[Address, ...]],
         found: Callable[[Candidate], None],
     ) -> None:
-        seekers = self._network._seekers
-        own = Candidate(addresses=listening(), hint=self._node[:16])
+        network = self._network
+        process = network.processes[self._node]
+        heard = HEARD
         try:
-            while True:
-                seekers.pop(self._node, None)
-                for other, (tell, candidate) in seekers.items():
-                    if self._network.reachable(self._node, other):
-                        tell(own)
-                        found(candidate)
-                seekers[self._node] = (found, own)
-                await trio.sleep(ANNOUNCE_S)
+            while not process.gone:
+                own = Candidate(addresses=listening(), hint=self._node[:16])
+                network.seekers.pop(self._node, None)
+                self._swap(own, found, heard)
+                network.seekers[self._node] = _Seeker(process=process, found=found, own=own)
+                heard = HEARD_AGAIN
+                with trio.move_on_after(ANNOUNCE_S):
+                    await process.moved.wait()
+                await process.awake()
         finally:
-            seekers.pop(self._node, None)
+            network.forget_seeker(process)
 
-
-class _Pipe:
-    """One direction of a connection."""
-
-    def __init__(self) -> None:
-        self.pieces: deque[tuple[float, memoryview]] = deque()
-        self.held = 0
-        self.last_at = 0.0
-        self.moved = trio.Event()
-
-    def wake(self) -> None:
-        self.moved.set()
-        self.moved = trio.Event()
-
-
-class _Link:
-    """One connection: two pipes that live and die together."""
-
-    def __init__(self, network: SimulatedNetwork, a: NodeId, b: NodeId) -> None:
-        self.network = network
-        self.ends = (a, b)
-        self.pipes = (_Pipe(), _Pipe())
-        self.hosts = ("", "")
-        self.lost = self.frozen = False
-        self.closed_by: set[int] = set()
-        mean = network.weather.bytes_until_lost
-        self._budget = None if mean is None else network.rng.expovariate(1 / mean)
-        network._links.add(self)
-
-    def streams(self) -> tuple["SimulatedStream", "SimulatedStream"]:
-        return SimulatedStream(self, 0, self.ends[1]), SimulatedStream(self, 1, self.ends[0])
-
-    def spend(self, count: int) -> int:
-        """How many of `count` bytes still get through before the connection is lost."""
-        if self._budget is None:
-            return count
-        through = min(count, int(self._budget))
-        self._budget -= count
-        return through
-
-    def lose(self) -> None:
-        """Both ends learn of it; what is still under way is gone."""
-        self.lost = True
-        now = trio.current_time()
-        for pipe in self.pipes:
-            while pipe.pieces and pipe.pieces[-1][0] > now:
-                pipe.pieces.pop()
-            pipe.wake()
-        self.network._links.discard(self)
-
-    def freeze(self) -> None:
-        """Nothing arrives any more and nobody is told: a cut cable."""
-        self.frozen = True
-
-
-class SimulatedStream:
-    """One end of a connection. See mesh.net.transport.Stream."""
-
-    def __init__(self, link: _Link, side: int, peer: NodeId) -> None:
-        self._link = link
-        self._side = side
-        self._out, self._in = link.pipes[side], link.pipes[1 - side]
-        self.peer = peer
-        self.host = link.hosts[1 - side]
-
-    async def send_all(self, data: bytes | memoryview) -> None:
-        view = memoryview(bytes(data))
-        await trio.lowlevel.checkpoint()
-        while len(view):
-            self._check()
-            if self._out.held >= BUFFER_BYTES:
-                await self._out.moved.wait()
+    def _swap(self, own: Candidate, found: Callable[[Candidate], None], heard: int) -> None:
+        network = self._network
+        others = list(network.seekers.values())
+        if len(others) > HEARD:
+            others = network.rng.sample(others, heard)
+        for other in others:
+            if other.process.stalled or not network.reachable(self._node, other.process.node):
                 continue
-            piece, view = view[:PIECE_BYTES], view[PIECE_BYTES:]
-            through = self._link.spend(len(piece))
-            self._put(piece[:through])
-            if through < len(piece):
-                self._link.lose()
-        self._check()
-
-    def _put(self, piece: memoryview) -> None:
-        network, pipe = self._link.network, self._out
-        if not len(piece) or self._link.frozen:
-            return
-        delay_s = network.rng.uniform(*network.weather.delay_s)
-        takes_s = len(piece) / network.weather.bytes_per_s
-        at = max(trio.current_time() + delay_s, pipe.last_at) + takes_s
-        pipe.pieces.append((at, piece))
-        pipe.last_at = at
-        pipe.held += len(piece)
-        pipe.wake()
-
-    async def receive_into(self, view: memoryview) -> int:
-        pipe = self._in
-        await trio.lowlevel.checkpoint()
-        while True:
-            if self._side in self._link.closed_by:
-                raise StreamLost("connection closed")
-            if pipe.pieces:
-                at, piece = pipe.pieces[0]
-                if trio.current_time() < at and not self._link.lost:
-                    with trio.move_on_at(at):
-                        await pipe.moved.wait()
-                    continue
-                return self._take(pipe, piece, view)
-            if self._link.lost:
-                raise StreamLost("connection lost")
-            if self._link.closed_by:
-                return 0
-            await pipe.moved.wait()
-
-    def _take(self, pipe: _Pipe, piece: memoryview, view: memoryview) -> int:
-        count = min(len(piece), len(view))
-        view[:count] = piece[:count]
-        if count == len(piece):
-            pipe.pieces.popleft()
-        else:
-            pipe.pieces[0] = (pipe.pieces[0][0], piece[count:])
-        pipe.held -= count
-        pipe.wake()
-        return count
-
-    async def aclose(self) -> None:
-        self._link.closed_by.add(self._side)
-        for pipe in self._link.pipes:
-            pipe.wake()
-        if len(self._link.closed_by) == 2:
-            self._link.network._links.discard(self._link)
-
-    def _check(self) -> None:
-        if self._link.lost or self._link.closed_by:
-            raise StreamLost("connection lost")
+            other.found(own)
+            found(other.own)
