@@ -160,11 +160,20 @@ class Faults:
         self._comes_back(machine)
 
     def _comes_back(self, machine: Machine) -> None:
+        if machine.node is not None:
+            return
         living = sum(m.should_live for m in self._mesh.machines)
-        if self._rng.random() < FOR_GOOD and living > 1 + LIVING * len(self._mesh.machines):
+        if not self._healed and self._rng.random() < FOR_GOOD and living > 1 + LIVING * len(self._mesh.machines):
             machine.should_live = False
             return
-        self._later(self._rng.uniform(0.1, 8), lambda: self._mesh.start(machine))
+        if self._healed:
+            self._mesh.start(machine)
+        else:
+            self._later(self._rng.uniform(0.1, 8), lambda: self._return(machine))
+
+    def _return(self, machine: Machine) -> None:
+        if machine.should_live:
+            self._mesh.start(machine)
 
     async def _stall(self) -> None:
         if (machine := self._victim()) is not None and machine.id not in self._stalled:

@@ -41,7 +41,11 @@ class WatchedReplica(Replica):
         self.node = node
         self.weight = weight
         self.run: Run | None = None
+        self.number = 0
+        """each attachment has its own"""
         self.alive = True
+        self.exchanges: set[int] = set()
+        """those that it initiated and has not finished"""
         self.answered: tuple[int, float] | None = None
         """a fragment that was answered, and the step: its reply has to be kept before the next"""
         self._ledger = ledger
@@ -49,6 +53,11 @@ class WatchedReplica(Replica):
     def slice_of(self, index: int) -> slice:
         start = index * FRAGMENT_ENTRIES
         return slice(start, min(start + FRAGMENT_ENTRIES, len(self.weights)))
+
+    def write(self, index: int, out: memoryview) -> None:
+        if self.run is not None and self.run.current is not None:
+            self.exchanges.add(self.run.current.exchange)
+        super().write(index, out)
 
     def answer(self, index: int, body: memoryview, share: float, reply: memoryview) -> float:
         distance = super().answer(index, body, share, reply)
@@ -124,13 +133,15 @@ class Ledger:
 
     def __init__(self, entries: int, fail: Callable[[str], None]) -> None:
         self.fail = fail
-        self.replicas: list[WatchedReplica] = []
+        self.replicas: dict[NodeId, WatchedReplica] = {}
+        """the living, by their nodes"""
         self.fragments_applied = 0
         self.lost_in_doubt = 0
         self.highest_overshoot = 0.0
         self._expected: NDArray[np.float64] = np.zeros(entries, dtype=np.float64)
         self._scale = 1.0
         self._operations = 0
+        self._born = 0
         self._low: Floats = np.full(entries, np.inf, dtype=np.float32)
         self._high: Floats = np.full(entries, -np.inf, dtype=np.float32)
         self._answers: dict[NodeId, dict[tuple[int, int], _Answer]] = defaultdict(dict)
@@ -138,21 +149,21 @@ class Ledger:
         self._next_answer: dict[tuple[int, NodeId], tuple[int, int]] = {}
         """(responder's number, initiator) -> (exchange, fragment that is due)"""
         self._next_apply: dict[tuple[NodeId, int], int] = {}
-        self._numbers: dict[int, int] = {}
 
     # --------------------------------------------------------------------------------- replicas
 
     def born(self, replica: WatchedReplica) -> None:
         """A run attached: from now on its replica's mass counts, beginning with fill()."""
-        self.replicas.append(replica)
-        self._numbers[id(replica)] = len(self._numbers)
+        self.replicas[replica.node] = replica
+        self._born += 1
+        replica.number = self._born
 
     def gone(self, replica: WatchedReplica) -> None:
         """Its process died, or its run was detached: its weights and what it has in doubt are lost."""
         if not replica.alive:
             return
         replica.alive = False
-        self.replicas.remove(replica)
+        del self.replicas[replica.node]
         self._expected -= replica.weight * replica.weights.astype(np.float64)
         for initiator, answers in self._answers.items():
             for (_, index), answer in answers.items():
@@ -161,8 +172,8 @@ class Ledger:
                     self.lost_in_doubt += 1
                     self._expected[replica.slice_of(index)] += self._moved_by(answer)
         self._answers.pop(replica.node, None)
-        number = self._numbers.pop(id(replica))
-        self._next_answer = {k: n for k, n in self._next_answer.items() if k[0] != number}
+        dead = replica.number
+        self._next_answer = {k: due for k, due in self._next_answer.items() if k[0] != dead}
 
     def filled(self, replica: WatchedReplica, before: NDArray[np.float64]) -> None:
         """First weights: the training's own, or a donor's in one piece."""
@@ -210,7 +221,7 @@ class Ledger:
         if not responder.alive:
             return
         where = f"fragment {index} of exchange {exchange} from {initiator[:8]}"
-        row = self._numbers[id(responder)], initiator
+        row = responder.number, initiator
         last, due = self._next_answer.get(row, (exchange, 0))
         due = due if last == exchange else 0
         if index != due:
@@ -228,7 +239,14 @@ class Ledger:
         crossed = own is not None and not own.pull and own.applied <= index < own.sent_once
         if halved != crossed:
             self.fail(f"{responder.node[:8]} answered {where} with halved={halved}")
-        answers[exchange, index] = _Answer(responder, delta, done[1], crossed)
+        answer = _Answer(responder, delta, done[1], crossed)
+        asker = self.replicas.get(initiator)
+        if asker is None or exchange not in asker.exchanges:
+            # Who asked is dead: what it sent before has arrived.
+            self._expected[responder.slice_of(index)] += self._moved_by(answer)
+            self.lost_in_doubt += 1
+            return
+        answers[exchange, index] = answer
         in_doubt = sum(number == exchange for number, _ in answers)
         if in_doubt > WINDOW:
             self.fail(f"{in_doubt} fragments of exchange {exchange} are in doubt at {initiator[:8]}")
@@ -250,6 +268,7 @@ class Ledger:
         self._next_apply[initiator.node, exchange] = index + 1
         if index + 1 == initiator.fragments:
             del self._next_apply[initiator.node, exchange]
+            initiator.exchanges.discard(exchange)
         answer = self._answers[initiator.node].pop((exchange, index), None)
         if answer is None:
             self.fail(f"{who} applied a delta of {where} that nobody answered")
@@ -277,7 +296,7 @@ class Ledger:
     def check_mass(self) -> None:
         """The sum of p * w, less what is in flight, is what went in."""
         total = -self._expected
-        for replica in self.replicas:
+        for replica in self.replicas.values():
             total += replica.weight * replica.weights
         for answers in self._answers.values():
             for (_, index), answer in answers.items():
@@ -296,7 +315,7 @@ class Ledger:
         """How far apart the replicas lie now, as a part of the spread."""
         if len(self.replicas) < 2:
             return 0.0
-        stacked = np.stack([replica.weights for replica in self.replicas])
+        stacked = np.stack([replica.weights for replica in self.replicas.values()])
         return float(np.ptp(stacked, axis=0).max()) / max(self.spread(), 1e-6)
 
     def _moved_by(self, answer: _Answer) -> NDArray[np.float64]:

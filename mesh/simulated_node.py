@@ -118,9 +118,10 @@ class SimulatedNode(Node):
             self._trace.add(self.name, describe(event))
         self._heard = ()
         if isinstance(event, ev.Received) and isinstance(event.message, Members):
-            self._heard = event.message.members
-        elif isinstance(event, ev.PeerConnected):
-            self._heard = (event.hello.member,)
+            current = self._protocol._contacts.connections.get(event.node)
+            # What a connection says that was replaced is not listened to.
+            if current is not None and current.number == event.connection:
+                self._heard = event.message.members
         others = self._protocol._membership.others
         self._before = {row.node: others.get(row.node) for row in self._heard}
         return event

@@ -171,7 +171,7 @@ class _Life:
 
     async def _start_late(self, mesh: SimulatedMesh, machine: Machine, after_s: float) -> None:
         await trio.sleep(after_s)
-        mesh.start(machine)
+        mesh.start(machine)  # harmless if it runs already
 
     async def _count_mass(self, mesh: SimulatedMesh) -> None:
         while True:
