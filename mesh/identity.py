@@ -26,9 +26,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mesh.core.messages import NodeId
+from mesh.disk import write_whole
 from mesh.errors import IdentityError, MeshError, UsageError
 from mesh.settings import check_name, default_name
-from mesh.storage import private_directory, write_whole
+from mesh.storage import private_directory
 
 TOKEN_PREFIX = "mesh1-"
 SECRET_BYTES = 16

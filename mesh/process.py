@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from random import SystemRandom
 from typing import Final
 
@@ -20,11 +19,12 @@ from mesh.control import Control, listen
 from mesh.core.address import Address
 from mesh.errors import MeshError
 from mesh.identity import Identity, load, node_of, rename
+from mesh.memory import PEERS_KEPT, Memory
 from mesh.net.mdns import MdnsDiscovery
 from mesh.net.tcp import TcpTransport
 from mesh.node import Node
 from mesh.settings import NodeSettings, host_directory
-from mesh.storage import PEERS_KEPT, StateDirectory, private_directory
+from mesh.storage import StateDirectory, private_directory
 
 SOCKET_PATH_LIMIT: Final = 100
 """A local socket's path has room for 104 bytes on macOS, 108 on Linux."""
@@ -118,7 +118,7 @@ async def _main(
             listener = listen(path)
             nursery.start_soon(control.serve, listener)
             storage.announce(identity.node, identity.name, str(path))
-            nursery.start_soon(_remember_peers, node, storage)
+            nursery.start_soon(_keep_memory, node, storage.memory)
             say(_greeting(node, identity))
             await stop.wait()
             with trio.move_on_after(LEAVE_S):
@@ -160,16 +160,16 @@ def _make_node(
 
     def store_incarnation(unused: int) -> None:
         try:
-            storage.store_incarnation(unused)
-        except MeshError as error:  # a full disk: the mesh knows our incarnation until we restart
+            storage.memory.store_incarnation(unused)
+        except MeshError as error:  # a full disk: tried again by _keep_memory()
             say(str(error))
 
     given = [("peer", address) for address in settings.peers]
-    cached = [("cache", address) for address in storage.peers()]
+    cached = [("cache", address) for address in storage.memory.peers()]
     node = Node(
         node=identity.node,
         name=identity.name,
-        incarnation=storage.reserve_incarnations(),
+        incarnation=storage.memory.reserve_incarnations(),
         transport=transport,
         discovery=discovery if settings.mdns else None,
         candidates=tuple(given + cached),
@@ -186,14 +186,16 @@ def _greeting(node: Node, identity: Identity) -> str:
     return f"{identity.name} ({identity.node[:8]}) is up in mesh {identity.mesh} at {where}"
 
 
-async def _remember_peers(node: Node, storage: StateDirectory) -> None:
-    """Writes down where peers are, so that the next start needs no mDNS."""
+async def _keep_memory(node: Node, memory: Memory) -> None:
+    """Writes down where peers are, so that the next start needs no mDNS, and what a full disk kept
+    from being written."""
     written: list[Address] = []
     while True:
         await trio.sleep(REMEMBER_S)
         peers = node.statistics().protocol.peers
         found = [a for peer in peers if peer.state == "alive" for a in peer.addresses][:PEERS_KEPT]
-        if found and found != written:
-            with contextlib.suppress(MeshError):  # a full disk costs the cache, nothing else
-                await trio.to_thread.run_sync(partial(storage.store_peers, found))
+        with contextlib.suppress(MeshError):  # still full: incarnations go first
+            memory.catch_up()
+            if found and found != written:
+                await trio.to_thread.run_sync(memory.store_peers, found)
                 written = found

@@ -1,12 +1,11 @@
 """What a node keeps in its state directory, and the list of nodes that run on this machine.
 
-Rules: 1. Every file is written whole: temporary file, fsync, rename, fsync of the directory; a kill
-or a full disk at any point leaves the last good one. 2. Files are 0600 in a 0700 directory. 3. A
+Rules: 1. Every file is written whole (disk.py): a kill or a full disk at any point leaves the last
+good one. 2. Files are 0600 in a 0700 directory. 3. A
 damaged file is never fatal where the mesh can tell again what was in it.
 
     node.pem ca.pem mesh.json token   identity.py
-    incarnation                       first incarnation that was never used
-    peers.json                        addresses of the last peers
+    incarnation peers.json            memory.py
     node.json control.sock lock       of the process that runs now
     node.log                          what it said, where `mesh run` or a training started it
 """
@@ -15,22 +14,16 @@ import contextlib
 import fcntl
 import json
 import os
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from mesh.core.address import Address
-from mesh.core.membership import INCARNATION_BLOCK, INCARNATION_LIMIT
 from mesh.core.messages import (
     NodeId,
 )
+from mesh.disk import write_whole
 from mesh.errors import MeshError, UsageError
-from mesh.settings import host_directory, parse_address
-
-PEERS_KEPT = 64
-
-CLOCK_ORIGIN_S = 1_577_836_800
-"""2020-01-01 in Unix seconds: incarnations that begin with the clock stay small until 2050."""
+from mesh.memory import Memory
+from mesh.settings import host_directory
 
 OWN_FILES = {"node.pem", "mesh.json", "lock", "incarnation"}
 """By these a state directory of ours is known."""
@@ -58,39 +51,12 @@ def private_directory(path: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file, or leaves it as it was. Raises MeshError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise MeshError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 class StateDirectory:
     """The files of one running node. lock() first; everything else only under it."""
 
     def __init__(self, path: Path) -> None:
         self.path = private_directory(path)
+        self.memory = Memory(self.path)
         self._lock: TextIO | None = None
         self._entry: Path | None = None
 
@@ -136,32 +102,3 @@ class StateDirectory:
         """node.json: {"node", "name", "pid", "control"}."""
         about = {"node": node, "name": name, "pid": os.getpid(), "control": control}
         write_whole(self.path / "node.json", json.dumps(about).encode())
-
-    def reserve_incarnations(self) -> int:
-        """The first incarnation of a block that no process used before."""
-        try:
-            first = int((self.path / "incarnation").read_text())
-        except (OSError, ValueError):
-            first = 0
-        if not 0 < first < INCARNATION_LIMIT // 2:
-            # New, or the file is gone while the node's key is kept: the clock is above what this
-            # node used before, unless it is wrong; then the mesh's rumours of it raise it.
-            first = max(1, int(time.time()) - CLOCK_ORIGIN_S)
-        self.store_incarnation(first + INCARNATION_BLOCK)
-        return first
-
-    def store_incarnation(self, unused: int) -> None:
-        """Keeps that incarnations below `unused` are spent."""
-        write_whole(self.path / "incarnation", str(unused).encode())
-
-    def peers(self) -> list[Address]:
-        """Addresses where peers were last time; empty if there is nothing readable."""
-        found = _read_json(self.path / "peers.json")
-        addresses = []
-        for text in found[:PEERS_KEPT] if isinstance(found, list) else []:
-            with contextlib.suppress(UsageError):
-                addresses.append(parse_address(str(text)))
-        return addresses
-
-    def store_peers(self, addresses: list[Address]) -> None:
-        write_whole(self.path / "peers.json", json.dumps([str(a) for a in addresses]).encode())

@@ -23,6 +23,7 @@ from mesh.core.membership import INCARNATION_BLOCK
 from mesh.core.messages import (
     Hello,
 )
+from mesh.disk import write_whole
 from mesh.errors import IdentityError, MeshError, UsageError
 from mesh.identity import (
     create_mesh,
@@ -36,7 +37,8 @@ from mesh.identity import (
     read_token,
     rename,
 )
-from mesh.storage import StateDirectory, private_directory, write_whole
+from mesh.memory import Memory
+from mesh.storage import StateDirectory, private_directory
 from tests.helpers import DEADLINE_S, Host, until
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=100)
@@ -254,8 +256,8 @@ def test_every_file_is_0600_in_a_0700_directory(tmp_path):
         create_mesh(tmp_path / "state")
         directory = StateDirectory(tmp_path / "state")
         directory.lock()
-        directory.reserve_incarnations()
-        directory.store_peers([Address("127.0.0.1", 1)])
+        directory.memory.reserve_incarnations()
+        directory.memory.store_peers([Address("127.0.0.1", 1)])
         directory.write_running(load(tmp_path / "state").node, "a", "control.sock")
     finally:
         os.umask(before)
@@ -409,7 +411,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     code = (
         "import pathlib, resource, sys\n"
         "from mesh.errors import MeshError\n"
-        "from mesh.storage import write_whole\n"
+        "from mesh.disk import write_whole\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
         "    write_whole(pathlib.Path(sys.argv[1]), b'x' * 100_000)\n"
@@ -490,7 +492,7 @@ def test_a_state_directory_is_free_again_when_its_node_is_killed(tmp_path):
 
 
 def test_incarnations_only_rise_from_start_to_start(tmp_path):
-    directory = StateDirectory(tmp_path)
+    directory = Memory(tmp_path)
     starts = [directory.reserve_incarnations() for _ in range(3)]
     assert starts == sorted(set(starts))
     directory.store_incarnation(starts[-1] + 10_000)
@@ -501,24 +503,24 @@ def test_incarnations_only_rise_from_start_to_start(tmp_path):
 def test_a_damaged_incarnation_begins_above_what_a_node_can_have_used(tmp_path, damage):
     (tmp_path / "incarnation").write_bytes(damage)
     used_before = 3000 * INCARNATION_BLOCK
-    assert StateDirectory(tmp_path).reserve_incarnations() > used_before
+    assert Memory(tmp_path).reserve_incarnations() > used_before
 
 
-def test_with_neither_file_nor_clock_incarnations_begin_at_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.time", lambda: 86_400.0)  # a Raspberry Pi in 1970
-    assert StateDirectory(tmp_path).reserve_incarnations() == 1
+def test_with_neither_file_nor_clock_incarnations_begin_at_one(tmp_path):
+    memory = Memory(tmp_path, wall_clock=lambda: 86_400.0)  # a Raspberry Pi in 1970
+    assert memory.reserve_incarnations() == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1, null, [], 7]", b"\xff", b"[" * 100_000])
 def test_a_damaged_cache_of_peers_is_an_empty_one(tmp_path, damage):
     (tmp_path / "peers.json").write_bytes(damage)
-    assert StateDirectory(tmp_path).peers() == []
+    assert Memory(tmp_path).peers() == []
 
 
 def test_remembered_peers_are_those_that_were_stored(tmp_path):
     addresses = [Address("192.0.2.1", 7710), Address("2001:db8::1", 65535)]
-    StateDirectory(tmp_path).store_peers(addresses)
-    assert StateDirectory(tmp_path).peers() == addresses
+    Memory(tmp_path).store_peers(addresses)
+    assert Memory(tmp_path).peers() == addresses
     assert json.loads((tmp_path / "peers.json").read_bytes())[1] == "[2001:db8::1]:65535"
 
 
