@@ -1,15 +1,21 @@
 # make demo   three nodes on this machine find each other and train one model
 # make test   lint, types and every test, in under ten minutes on two cores
+# make soak   SEEDS=1000 simulated lives of a mesh under faults
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+SEEDS ?= 1000
+
+.PHONY: demo test soak lint format clean
 
 demo: .venv/ready
 	$(BIN)/mesh demo
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
+
+soak: .venv/ready
+	$(BIN)/mesh sim --seeds $(SEEDS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

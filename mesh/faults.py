@@ -5,15 +5,18 @@ task of its own ends it later, or heal() does. Rule: heal() undoes everything bu
 that are gone for good.
 """
 
+import itertools
 from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final
 
 import trio
 
+from mesh.core.address import Address
 from mesh.core.messages import NodeId
 from mesh.net.simulated import Weather
-from mesh.simulated_mesh import Machine, SimulatedMesh
+from mesh.simulated_disk import fails_often
+from mesh.simulated_mesh import PORT, Machine, SimulatedMesh
 
 GOOD: Final = Weather()
 FOR_GOOD: Final = 0.25
@@ -31,10 +34,12 @@ class Faults:
         self._rng = Random(mesh.rng.random())
         self._nursery = nursery
         self._healed = False
+        self._moves = 0
         self._stalled: list[NodeId] = []
         self._countdowns: dict[NodeId, int] = {}
         self._every_s = self._rng.choice((0.2, 0.5, 1.0, 2.0))
         """mean time between two faults"""
+        self._ends_mdns = self._rng.random() < 0.4
         kinds: list[tuple[Callable[[], Awaitable[None]], float]] = [
             (self._weather, 3),
             (self._partition, 2),
@@ -46,6 +51,9 @@ class Faults:
             (self._stall, 2),
             (self._detach, 2),
             (self._leave, 1),
+            (self._move, 1),
+            (self._break_disk, 1),
+            (self._set_clock, 1),
         ]
         # Swarm testing (Groce et al. 2012): each seed has its own mix, some kinds not at all.
         self._kinds = [kind for kind, _ in kinds]
@@ -59,6 +67,12 @@ class Faults:
         with trio.move_on_after(seconds):
             while True:
                 await trio.sleep(self._rng.expovariate(1 / self._every_s))
+                if self._ends_mdns and self._mesh.end_mdns():
+                    self._ends_mdns = False
+                    # Who leaves or moves where nobody announces himself has to be told of peers.
+                    for polite in (self._leave, self._move):
+                        self._odds[self._kinds.index(polite)] = 0
+                    self._odds[0] += 1
                 [strike] = self._rng.choices(self._kinds, self._odds)
                 await strike()
         self.heal()
@@ -76,6 +90,7 @@ class Faults:
         self._stalled.clear()
         mesh.happen(None, "heal")
         for machine in mesh.machines:
+            self._mend_disk(machine)
             if machine.should_live:
                 mesh.start(machine)
             if machine.training is not None:
@@ -102,7 +117,7 @@ class Faults:
         groups = self._rng.choice((2, 2, 3))
         cuts = sorted(self._rng.sample(range(1, len(machines)), min(groups, len(machines)) - 1))
         ends = [0, *cuts, len(machines)]
-        parts = [machines[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [machines[a:b] for a, b in itertools.pairwise(ends)]
         self._mesh.network.partition(*(frozenset(m.id for m in part) for part in parts))
         text = " | ".join(" ".join(m.name for m in part) for part in parts)
         self._mesh.happen(None, f"partition {text}")
@@ -163,7 +178,11 @@ class Faults:
         if machine.node is not None:
             return
         living = sum(m.should_live for m in self._mesh.machines)
-        if not self._healed and self._rng.random() < FOR_GOOD and living > 1 + LIVING * len(self._mesh.machines):
+        if (
+            not self._healed
+            and self._rng.random() < FOR_GOOD
+            and living > 1 + LIVING * len(self._mesh.machines)
+        ):
             machine.should_live = False
             return
         if self._healed:
@@ -204,6 +223,31 @@ class Faults:
                 training.wanted = True
 
             self._later(self._rng.uniform(0.5, 5), again)
+
+    async def _move(self) -> None:
+        """A laptop in another Wi-Fi."""
+        machine = self._victim()
+        if machine is None or machine.transport is None:
+            return
+        self._moves += 1
+        machine.address = Address(f"10.{1 + self._moves}.0.{machine.index & 255}", PORT)
+        self._mesh.happen(machine, f"move to {machine.address}")
+        machine.transport.move(machine.address)
+
+    async def _break_disk(self) -> None:
+        machine = self._rng.choice(self._mesh.machines)
+        machine.disk.faults = fails_often(Random(self._rng.random()), self._rng.choice((0.1, 0.5)))
+        self._mesh.happen(machine, "disk fails")
+        self._later(self._rng.uniform(0.5, 6), lambda: self._mend_disk(machine))
+
+    def _mend_disk(self, machine: Machine) -> None:
+        machine.disk.faults = None
+
+    async def _set_clock(self) -> None:
+        """A Raspberry Pi boots in 1970; NTP corrects it; a battery is empty."""
+        machine = self._rng.choice(self._mesh.machines)
+        machine.clock_s = self._rng.uniform(0, 4e9)
+        self._mesh.happen(machine, "clock jumps")
 
     def _later(self, seconds: float, undo: Callable[[], None]) -> None:
         self._nursery.start_soon(self._after, seconds, undo)

@@ -249,7 +249,9 @@ class Ledger:
         answers[exchange, index] = answer
         in_doubt = sum(number == exchange for number, _ in answers)
         if in_doubt > WINDOW:
-            self.fail(f"{in_doubt} fragments of exchange {exchange} are in doubt at {initiator[:8]}")
+            self.fail(
+                f"{in_doubt} fragments of exchange {exchange} are in doubt at {initiator[:8]}"
+            )
 
     def applied(self, initiator: WatchedReplica, index: int, delta: bytes, step: float) -> None:
         """The initiator applied its step of a fragment."""

@@ -103,4 +103,3 @@ class Player:
                 self._met = event["peers"] > 0 or self._met
             case _:
                 pass
-

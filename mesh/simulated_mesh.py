@@ -5,30 +5,40 @@ with what its disk kept. Rules: 1. Everything is drawn from one seed. 2. A proce
 nothing more: its tasks are cancelled after the network and the ledger were told.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Final
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from mesh.codec import Floats
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
+from mesh.errors import MeshError
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
+from mesh.memory import PEERS_KEPT, Memory
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
 from mesh.net.transport import Candidate
 from mesh.player import Player
+from mesh.simulated_disk import SimulatedDisk
 from mesh.simulated_node import SimulatedNode, Trace
 
-ENTRIES: Final = 10 * FRAGMENT_ENTRIES + 3
-"""Eleven fragments, the last one short: more than a window, so that it has to move."""
+ENTRIES: Final = 9 * FRAGMENT_ENTRIES + 3
+"""Ten fragments, the last one short: more than a window, so that it has to move."""
 
 PORT: Final = 7710
-MEMORY_CHECK_S: Final = 0.25
-"""How often the mass of the whole mesh is counted; what is lost stays lost, so none is missed."""
+CLOCK_S: Final = 1.8e9
+"""A day in 2027."""
+
+START_AGAIN_S: Final = 1.0
+REMEMBER_S: Final = 5.0
 
 
 def node_id(index: int) -> NodeId:
@@ -37,18 +47,37 @@ def node_id(index: int) -> NodeId:
 
 
 class FadingDiscovery:
-    """mDNS that works until `ends_at`: a switch that stops forwarding multicast, an hour-old browser."""
+    """mDNS until it is over: a switch that forwards no multicast, a browser that asks once an hour."""
 
-    def __init__(self, network: SimulatedNetwork, node: NodeId, ends_at: float) -> None:
+    def __init__(self, network: SimulatedNetwork, node: NodeId, over: trio.Event) -> None:
         self._inner = SimulatedDiscovery(network, node)
-        self._ends_at = ends_at
+        self._over = over
 
     async def run(
         self, listening: Callable[[], tuple[Address, ...]], found: Callable[[Candidate], None]
     ) -> None:
-        with trio.move_on_at(self._ends_at):
-            await self._inner.run(listening, found)
+        if not self._over.is_set():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._inner.run, listening, found)
+                await self._over.wait()
+                nursery.cancel_scope.cancel()
         await trio.sleep_forever()
+
+
+def _store(memory: Memory, unused: int) -> None:
+    with contextlib.suppress(MeshError):  # as mesh/process.py: said, and made up for later
+        memory.store_incarnation(unused)
+
+
+async def _remember(node: SimulatedNode, memory: Memory) -> None:
+    """As mesh/process.py does: where peers are, for a start without mDNS."""
+    while True:
+        await trio.sleep(REMEMBER_S)
+        peers = node.statistics().protocol.peers
+        found = [a for peer in peers if peer.state == "alive" for a in peer.addresses][:PEERS_KEPT]
+        with contextlib.suppress(MeshError):
+            memory.catch_up()
+            memory.store_peers(found)
 
 
 @dataclass(slots=True)
@@ -59,7 +88,7 @@ class Training:
     period_s: float
     learns: bool
     """it makes progress of its own, now and then"""
-    pending: Floats = field(default_factory=lambda: np.zeros(ENTRIES))
+    pending: NDArray[np.float64] = field(default_factory=lambda: np.zeros(ENTRIES))
     """progress that was made and not handed over, in float64"""
     wanted: bool = True
     """false: detached, until it is wanted again"""
@@ -72,15 +101,18 @@ class Machine:
     index: int
     address: Address
     rng: Random
+    disk: SimulatedDisk
     training: Training | None = None
     node: SimulatedNode | None = None
     transport: SimulatedTransport | None = None
     scope: trio.CancelScope | None = None
     should_live: bool = True
     """in the end, when everything has healed"""
-    incarnation: int = 1
+    clock_s: float = CLOCK_S
+    """what its wall clock said when the simulation began"""
+    memory: Memory | None = None
     highest: int = 0
-    """the highest incarnation that a process of this machine was seen to use"""
+    """the highest incarnation that a process of this machine used and had kept on its disk"""
 
     @property
     def id(self) -> NodeId:
@@ -102,24 +134,24 @@ class SimulatedMesh:
         count: int,
         trace: Trace,
         fail: Callable[[str], None],
-        mdns_ends_at: float = np.inf,
     ) -> None:
         self.rng = rng
         self.network = SimulatedNetwork(Random(rng.random()), Weather())
         self.trace = trace
         self.fail = fail
         self.ledger = Ledger(ENTRIES, fail)
+        self.mdns_over = trio.Event()
         self.happened: Counter[str] = Counter()
         self.machines = [
             Machine(
                 index=index,
                 address=Address(f"10.0.{index >> 8}.{index & 255}", PORT),
                 rng=Random(rng.random()),
+                disk=SimulatedDisk(Random(rng.random())),
             )
             for index in range(1, count + 1)
         ]
         self._nursery = nursery
-        self._mdns_ends_at = mdns_ends_at
 
     # ------------------------------------------------------------------------------------ nodes
 
@@ -127,36 +159,66 @@ class SimulatedMesh:
     def up(self) -> list[Machine]:
         return [machine for machine in self.machines if machine.node is not None]
 
+    def end_mdns(self) -> bool:
+        """Ends mDNS if everybody has met everybody: from then on they have to keep together."""
+        met = all(
+            machine.node is not None
+            and len(machine.node._protocol._membership.others) == len(self.machines) - 1
+            for machine in self.machines
+        )
+        if met and not self.mdns_over.is_set():
+            self.mdns_over.set()
+            self.happen(None, "mdns ends")
+            addresses = [machine.address for machine in self.machines]
+            for machine in self.machines:
+                if machine.memory is not None:
+                    machine.disk.faults = None
+                    machine.memory.store_peers(addresses[:PEERS_KEPT])
+        return met
+
     def start(self, machine: Machine) -> None:
         """Starts the machine's node process."""
         if machine.node is not None:
             return
-        first = machine.incarnation
-        machine.incarnation += 1024
+        machine.memory = memory = Memory(
+            Path("/mesh"), machine.disk, lambda: machine.clock_s + trio.current_time()
+        )
+        try:
+            first = memory.reserve_incarnations()
+        except MeshError:
+            self.happen(machine, "broken start: its disk failed")
+            self._nursery.start_soon(self._start_later, machine)
+            return
         if first <= machine.highest:
-            self.fail(f"{machine.name} starts at incarnation {first}, used {machine.highest} before")
+            self.fail(
+                f"{machine.name} starts at incarnation {first}, used {machine.highest} before"
+            )
         machine.transport = SimulatedTransport(self.network, machine.id, machine.address)
-        others = [m.address for m in self.machines if m is not machine]
-        cached = others if trio.current_time() > self._mdns_ends_at else []
         node = SimulatedNode(
             node=machine.id,
             name=machine.name,
             incarnation=first,
             transport=machine.transport,
-            discovery=FadingDiscovery(self.network, machine.id, self._mdns_ends_at),
-            candidates=tuple(("cache", address) for address in cached),
+            discovery=FadingDiscovery(self.network, machine.id, self.mdns_over),
+            candidates=tuple(("cache", address) for address in memory.peers()),
             rng=Random(machine.rng.random()),
-            store_incarnation=lambda _: None,
+            store_incarnation=partial(_store, memory),
             note=lambda text: self._note(machine, node, text),
         )
         node.watched_by(self.ledger, self.trace, self.network, self.fail, len(self.machines))
         machine.node, machine.scope = node, trio.CancelScope()
         self.happen(machine, "start")
-        self._nursery.start_soon(self._live, node, machine.scope)
+        self._nursery.start_soon(self._live, node, memory, machine.scope)
 
-    async def _live(self, node: SimulatedNode, scope: trio.CancelScope) -> None:
+    async def _live(self, node: SimulatedNode, memory: Memory, scope: trio.CancelScope) -> None:
         with scope:
-            await node.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_remember, node, memory)
+                await node.run()
+
+    async def _start_later(self, machine: Machine) -> None:
+        await trio.sleep(START_AGAIN_S)
+        self.start(machine)
 
     def crash(self, machine: Machine, *, silent: bool = False) -> None:
         """kill -9; `silent`: a power cut, of which the others hear nothing."""
@@ -164,6 +226,8 @@ class SimulatedMesh:
             return
         self.happen(machine, "vanish" if silent else "crash")
         (self.network.vanish if silent else self.network.crash)(machine.id)
+        if silent:
+            machine.disk.crash()
         self._end(machine)
 
     async def leave(self, machine: Machine) -> None:
@@ -181,7 +245,8 @@ class SimulatedMesh:
         node, scope = machine.node, machine.scope
         assert node is not None
         assert scope is not None
-        machine.highest = node._protocol.own.incarnation
+        if machine.memory is not None and machine.memory._owed is None:
+            machine.highest = node._protocol.own.incarnation
         for run in node._runs.values():
             assert isinstance(run.replica, WatchedReplica)
             self.ledger.gone(run.replica)
@@ -212,7 +277,7 @@ class SimulatedMesh:
             sync_timeout_s=rng.uniform(0.5, 3.0),
         )
         machine.training = training = Training(
-            player=player, period_s=rng.uniform(0.4, 2.0), learns=learns
+            player=player, period_s=rng.uniform(0.6, 3.0), learns=learns
         )
         self._nursery.start_soon(self._train, machine, training)
 
@@ -246,7 +311,7 @@ class SimulatedMesh:
         training.pending += progress
         assert isinstance(run.replica, WatchedReplica)
         if not run.ours:
-            self.ledger.posted(run.replica, training.pending.astype(np.float64))
+            self.ledger.posted(run.replica, training.pending.copy())
             training.pending[:] = 0
         await player.post(progress)
 

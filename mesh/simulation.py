@@ -2,26 +2,24 @@
 
 A run's trip: simulate() -> run_seeded() -> phase 1: machines start, train and are struck by faults
 while every turn of every node is checked -> phase 2: everything heals, and within HEAL_S all nodes
-agree on who lives and on the weights -> Report. Two phases as in TigerBeetle's VOPR. Rules: 1. Time
+agree on who lives and on the weights -> SimulationReport. Two phases as in TigerBeetle's VOPR. Rules: 1. Time
 is virtual and tasks run in an order drawn from the seed, so a seed replays exactly. 2. The first
 violation ends the run.
 """
 
-import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
-import trio.testing
-from trio._core import _run as trio_run
 
 from mesh.core.messages import State
 from mesh.faults import Faults
 from mesh.simulated_mesh import Machine, SimulatedMesh
 from mesh.simulated_node import Trace
+from mesh.virtual_time import run_seeded
 
 HEAL_S: Final = 60.0
 """A broken peer is left alone for up to 32 s, a contact is dialled again after up to 30 s."""
@@ -30,11 +28,9 @@ LOOK_S: Final = 0.25
 AGREED: Final = 1e-3
 """How far replicas may lie apart in the end, as a part of the spread of all that went in."""
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class SimulationReport:
     """What one seed did."""
 
     seed: int
@@ -53,17 +49,6 @@ class Report:
     """faults, exchanges, deaths, by name"""
 
 
-def run_seeded(main: Callable[..., Awaitable[Result]], seed: int, *args: object) -> Result:
-    """Runs `main(rng, *args)` in virtual time; the same seed gives the same run, task by task."""
-    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    trio_run._r.seed(seed)
-    try:
-        clock = trio.testing.MockClock(autojump_threshold=0)
-        return trio.run(main, Random(seed), *args, clock=clock)
-    finally:
-        trio_run._ALLOW_DETERMINISTIC_SCHEDULING = False
-
-
 def simulate(
     seed: int,
     *,
@@ -72,7 +57,7 @@ def simulate(
     faults: bool = True,
     trace: bool = True,
     trace_to: Callable[[str], None] | None = None,
-) -> Report:
+) -> SimulationReport:
     """Lives one mesh. Never raises for what the mesh does wrong: the report says it.
 
     seconds: virtual length of phase 1. faults: whether anything goes wrong in it. trace: whether
@@ -114,14 +99,14 @@ class _Life:
             self._failure = text
             self._scope.cancel()
 
-    def report(self, seed: int, wall_s: float) -> Report:
+    def report(self, seed: int, wall_s: float) -> SimulationReport:
         mesh = self._mesh
         assert mesh is not None
         happened = dict(sorted(mesh.happened.items()))
         happened["fragments"] = mesh.ledger.fragments_applied
         happened["lost in doubt"] = mesh.ledger.lost_in_doubt
         happened["overshoot"] = int(1000 * mesh.ledger.highest_overshoot)
-        return Report(
+        return SimulationReport(
             seed=seed,
             nodes=self._count,
             digest=self._trace.digest,
@@ -137,14 +122,12 @@ class _Life:
         began = trio.current_time()
         with self._scope:
             async with trio.open_nursery() as nursery:
-                fades = self._faulty and rng.random() < 0.4
                 self._mesh = mesh = SimulatedMesh(
                     rng,
                     nursery,
                     count=self._count,
                     trace=self._trace,
                     fail=self.fail,
-                    mdns_ends_at=began + rng.uniform(2, self._seconds) if fades else math.inf,
                 )
                 nursery.start_soon(self._count_mass, mesh)
                 self._start(mesh, rng, nursery)
@@ -204,14 +187,14 @@ def unhealed(mesh: SimulatedMesh) -> str:
     for machine in living:
         assert machine.node is not None
         others = machine.node._protocol._membership.others
-        for node in expected:
+        for node, other in expected.items():
             if node == machine.id:
                 continue
             if node not in others or others[node].state is not State.ALIVE:
                 state = others[node].state.name if node in others else "unknown"
-                return f"{machine.name} holds {expected[node].name} for {state}"
+                return f"{machine.name} holds {other.name} for {state}"
             if others[node] != rows[node]:
-                return f"{machine.name} has an old row of {expected[node].name}"
+                return f"{machine.name} has an old row of {other.name}"
         for node, row in others.items():
             if node not in expected and row.state <= State.SUSPECT:
                 return f"{machine.name} holds {row.name}, which is gone, for {row.state.name}"

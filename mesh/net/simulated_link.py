@@ -83,7 +83,7 @@ class SimulatedStream:
     async def send_all(self, data: bytes | memoryview) -> None:
         self._medium.enter(self._process)
         view = memoryview(bytes(data))
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         await self._process.awake()
         self._check()
         while len(view):
@@ -100,7 +100,7 @@ class SimulatedStream:
     async def receive_into(self, view: memoryview) -> int:
         self._medium.enter(self._process)
         pieces = self._other._sent
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             await self._process.awake()
             if self._closed or self._process.gone:
