@@ -22,6 +22,10 @@ GOOD: Final = Weather()
 FOR_GOOD: Final = 0.25
 """Deaths after which the machine stays away, as a part of all."""
 
+LONG_NIGHTS: Final = 0.3
+LONG_NIGHT_S: Final = 60.0
+"""A partition in which every rumour is given up: only who looks for the dead finds them again."""
+
 LIVING: Final = 0.5
 """At least this part of the machines lives in the end."""
 
@@ -34,6 +38,7 @@ class Faults:
         self._rng = Random(mesh.rng.random())
         self._nursery = nursery
         self._healed = False
+        self._night = False
         self._moves = 0
         self._stalled: list[NodeId] = []
         self._countdowns: dict[NodeId, int] = {}
@@ -54,6 +59,7 @@ class Faults:
             (self._move, 1),
             (self._break_disk, 1),
             (self._set_clock, 1),
+            (self._spoil, 1),
         ]
         # Swarm testing (Groce et al. 2012): each seed has its own mix, some kinds not at all.
         self._kinds = [kind for kind, _ in kinds]
@@ -75,6 +81,10 @@ class Faults:
                     self._odds[0] += 1
                 [strike] = self._rng.choices(self._kinds, self._odds)
                 await strike()
+        if self._mesh.mdns_over.is_set() and self._rng.random() < LONG_NIGHTS:
+            await self._partition()
+            self._night = True
+            await trio.sleep(LONG_NIGHT_S)
         self.heal()
 
     def heal(self) -> None:
@@ -121,13 +131,17 @@ class Faults:
         self._mesh.network.partition(*(frozenset(m.id for m in part) for part in parts))
         text = " | ".join(" ".join(m.name for m in part) for part in parts)
         self._mesh.happen(None, f"partition {text}")
-        self._later(self._rng.uniform(0.5, 12), self._mesh.network.partition)
+        self._later(self._rng.uniform(0.5, 12), self._open_ways)
+
+    def _open_ways(self) -> None:
+        if not self._night:
+            self._mesh.network.heal()
 
     async def _cut(self) -> None:
         a, b = self._rng.sample(self._mesh.machines, 2)
         self._mesh.network.cut(a.id, b.id)
         self._mesh.happen(None, f"cut {a.name} -> {b.name}")
-        self._later(self._rng.uniform(0.5, 12), self._mesh.network.heal)
+        self._later(self._rng.uniform(0.5, 12), self._open_ways)
 
     async def _lose(self) -> None:
         if self._rng.random() < 0.3:
@@ -248,6 +262,12 @@ class Faults:
         machine = self._rng.choice(self._mesh.machines)
         machine.clock_s = self._rng.uniform(0, 4e9)
         self._mesh.happen(machine, "clock jumps")
+
+    async def _spoil(self) -> None:
+        replicas = list(self._mesh.ledger.replicas.values())
+        if replicas:
+            self._rng.choice(replicas).spoiled = True
+            self._mesh.happen(None, "spoil a fragment")
 
     def _later(self, seconds: float, undo: Callable[[], None]) -> None:
         self._nursery.start_soon(self._after, seconds, undo)

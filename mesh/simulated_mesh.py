@@ -77,7 +77,8 @@ async def _remember(node: SimulatedNode, memory: Memory) -> None:
         found = [a for peer in peers if peer.state == "alive" for a in peer.addresses][:PEERS_KEPT]
         with contextlib.suppress(MeshError):
             memory.catch_up()
-            memory.store_peers(found)
+            if found:
+                memory.store_peers(found)
 
 
 @dataclass(slots=True)
