@@ -123,6 +123,8 @@ class Faults:
 
     async def _partition(self) -> None:
         machines = list(self._mesh.machines)
+        if len(machines) < 2:
+            return
         self._rng.shuffle(machines)
         groups = self._rng.choice((2, 2, 3))
         cuts = sorted(self._rng.sample(range(1, len(machines)), min(groups, len(machines)) - 1))
@@ -138,6 +140,8 @@ class Faults:
             self._mesh.network.heal()
 
     async def _cut(self) -> None:
+        if len(self._mesh.machines) < 2:
+            return
         a, b = self._rng.sample(self._mesh.machines, 2)
         self._mesh.network.cut(a.id, b.id)
         self._mesh.happen(None, f"cut {a.name} -> {b.name}")

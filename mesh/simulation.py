@@ -53,7 +53,7 @@ def simulate(
     seed: int,
     *,
     nodes: int = 8,
-    seconds: float = 20.0,
+    seconds: float = 12.0,
     faults: bool = True,
     trace: bool = True,
     trace_to: Callable[[str], None] | None = None,

@@ -114,7 +114,7 @@ MUTANTS = {
         Memory, "reserve_incarnations", starts_where_it_started_before, ("starts at incarnation",)
     ),
     "the dead are never dialled again": Mutant(
-        MeshProtocol, "_look_for_the_missing", lambda self, now: None, ("not healed",)
+        MeshProtocol, "_look_for_the_missing", lambda self, now: None, ("not healed",), 15
     ),
     "silence is never a death": Mutant(
         Detector, "due_deaths", lambda self, now: [], ("not healed",)
