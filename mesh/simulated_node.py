@@ -25,6 +25,9 @@ from mesh.runs import Run, RunSpec, Tell
 TRACE_KEPT: Final = 50
 """Lines that are shown when a run fails: about the last hundredth of a second."""
 
+SPINS: Final = 100
+"""Deadlines in a row at one moment of virtual time: each of them should move the next one on."""
+
 TASKS_EACH: Final = 12
 TASKS_BASE: Final = 16
 """Tasks that a node may hold for each other node: two control connections while one replaces the
@@ -96,7 +99,8 @@ class SimulatedNode(Node):
         self._own_incarnation = 0
         self._before: dict[NodeId, Member | None] = {}
         self._heard: tuple[Member, ...] = ()
-        self.turns = 0
+        self.turns = self._spins = 0
+        self._turned_at = 0.0
 
     # ------------------------------------------------------------------------- seams of the node
 
@@ -114,6 +118,11 @@ class SimulatedNode(Node):
         event = await super()._next_event()
         await self._network.awake(self.id)
         self.turns += 1
+        now = trio.current_time()
+        self._spins = self._spins + 1 if event is None and now == self._turned_at else 0
+        self._turned_at = now
+        if self._spins > SPINS:
+            self._fail(f"{self.name} spins: a deadline has passed and nothing is done about it")
         if self._trace.on:
             self._trace.add(self.name, describe(event))
         self._heard = ()

@@ -87,10 +87,10 @@ self_open = Responses.open
 
 MUTANTS = {
     "a reply is applied twice": Mutant(
-        Responses, "kept", forgets_what_it_answered, ("applied fragment",)
+        Responses, "kept", forgets_what_it_answered, ("applied fragment",), 6
     ),
     "a delta is applied twice after a resume": Mutant(
-        Initiation, "connection_lost", applies_one_again_after_resume, ("twice", "in doubt")
+        Initiation, "connection_lost", applies_one_again_after_resume, ("twice", "in doubt"), 9
     ),
     "the initiator takes the wrong sign": Mutant(
         Replica, "apply", takes_the_wrong_sign, ("mass", "hull")
@@ -99,14 +99,18 @@ MUTANTS = {
         Initiation, "next_to_send", knows_no_window, ("fragments in doubt",)
     ),
     "requests that cross take the full step": Mutant(
-        Run, "crosses", lambda self, index: False, ("swap",)
+        Run, "crosses", lambda self, index: False, ("swap",), 2
     ),
     "what is not finite is taken": Mutant(
         Replica, "answer", takes_what_is_not_finite, ("not finite",)
     ),
     "a post is merged twice": Mutant(Run, "post", merges_twice, ("mass",)),
-    "a resumed exchange begins anew": Mutant(Responses, "open", begins_anew, ("applied fragment",)),
-    "nobody refutes": Mutant(Membership, "_refute", lambda self, rumour: False, ("let it stand",)),
+    "a resumed exchange begins anew": Mutant(
+        Responses, "open", begins_anew, ("applied fragment",), 6
+    ),
+    "nobody refutes": Mutant(
+        Membership, "_refute", lambda self, rumour: False, ("let it stand",), 2
+    ),
     "alive wins at equal incarnation": Mutant(
         mesh.core.membership, "supersedes", prefers_alive, ("knew",)
     ),
@@ -117,6 +121,6 @@ MUTANTS = {
         MeshProtocol, "_look_for_the_missing", lambda self, now: None, ("not healed",), 15
     ),
     "silence is never a death": Mutant(
-        Detector, "due_deaths", lambda self, now: [], ("not healed",)
+        Detector, "due_deaths", lambda self, now: [], ("not healed", "spins")
     ),
 }
