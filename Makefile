@@ -1,10 +1,13 @@
 # make demo   three nodes on this machine find each other and train one model
 # make test   lint, types and every test, in under ten minutes on two cores
 # make faults real faults on real nodes, at full length: twenty minutes, as root (FAULTS="--only kill")
+# make soak   SEEDS=1000 simulated lives of a mesh under faults
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test faults lint format clean
+SEEDS ?= 1000
+
+.PHONY: demo test faults soak lint format clean
 
 demo: .venv/ready
 	$(BIN)/mesh demo
@@ -14,6 +17,9 @@ test: lint
 
 faults: .venv/ready
 	$(BIN)/python -m tests.lan.faults $(FAULTS)
+
+soak: .venv/ready
+	$(BIN)/mesh sim --seeds $(SEEDS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

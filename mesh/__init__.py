@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
     from mesh.process import run_node
     from mesh.settings import NodeSettings, parse_address, state_directory
+    from mesh.simulation import SimulationReport, simulate
     from mesh.training import JoinedNode, Statistics, join
 
 __version__ = "0.1.0"
@@ -58,6 +59,8 @@ _HOMES = {
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
+    "simulate": "simulation",
+    "SimulationReport": "simulation",
     "MeshError": "errors",
     "UsageError": "errors",
     "NodeNotRunning": "errors",
@@ -74,6 +77,7 @@ __all__ = [
     "NodeSettings",
     "PeersMissing",
     "RunningNode",
+    "SimulationReport",
     "Statistics",
     "UsageError",
     "ask",
@@ -90,6 +94,7 @@ __all__ = [
     "rename",
     "run_node",
     "running_nodes",
+    "simulate",
     "start_node",
     "state_directory",
 ]

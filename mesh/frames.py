@@ -39,14 +39,20 @@ async def receive_exactly(stream: Stream, view: memoryview, timeout_s: float) ->
     """Fills `view`. Raises StreamLost if the stream ends before, PeerTimeout if nothing comes for
     timeout_s: a slow peer that goes on is waited for, however long a fragment takes it."""
     with trio.move_on_after(timeout_s) as patience:
-        while len(view):
-            received = await stream.receive_into(view)
-            if not received:
-                raise StreamLost("connection closed by the other end")
-            view = view[received:]
-            patience.deadline = trio.current_time() + timeout_s
+        await _fill(stream, view, patience, timeout_s)
         return
     raise PeerTimeout(f"nothing came for {timeout_s:g} s")
+
+
+async def _fill(
+    stream: Stream, view: memoryview, patience: trio.CancelScope, timeout_s: float
+) -> None:
+    while len(view):
+        received = await stream.receive_into(view)
+        if not received:
+            raise StreamLost("connection closed by the other end")
+        view = view[received:]
+        patience.deadline = trio.current_time() + timeout_s
 
 
 class FrameReader:
@@ -63,12 +69,15 @@ class FrameReader:
         Raises PeerTimeout, StreamLost, or RemoteProtocolError (a body where `bodies` is false).
         """
         prefix = self._buffer[: wire.PREFIX_BYTES]
-        await receive_exactly(self._stream, prefix, timeout_s)
-        header_bytes, body_bytes = wire.parse_prefix(prefix)
-        if body_bytes and not bodies:
-            raise RemoteProtocolError("a body where none belongs")
-        header = self._buffer[:header_bytes]
-        await receive_exactly(self._stream, header, timeout_s)
+        with trio.move_on_after(timeout_s) as patience:  # one for both halves: scopes cost 20 us
+            await _fill(self._stream, prefix, patience, timeout_s)
+            header_bytes, body_bytes = wire.parse_prefix(prefix)
+            if body_bytes and not bodies:
+                raise RemoteProtocolError("a body where none belongs")
+            header = self._buffer[:header_bytes]
+            await _fill(self._stream, header, patience, timeout_s)
+        if patience.cancelled_caught:
+            raise PeerTimeout(f"nothing came for {timeout_s:g} s")
         self.received_bytes += wire.PREFIX_BYTES + header_bytes + body_bytes
         return wire.decode(header), body_bytes
 

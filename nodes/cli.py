@@ -136,6 +136,20 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
+def _sim_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="COUNT", help="how many (default 1)"
+    )
+    parser.add_argument("--nodes", type=int, default=8, help="how many (default 8)")
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="of virtual time under faults (default 12)"
+    )
+    parser.add_argument("--no-faults", action="store_true", help="nothing goes wrong")
+    parser.add_argument("--trace", action="store_true", help="print every event and effect")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
 def _settings(arguments: argparse.Namespace) -> mesh.NodeSettings:
     return mesh.NodeSettings(
         state=mesh.state_directory(arguments.state),
@@ -195,6 +209,22 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments.nodes, arguments.seconds, as_json=arguments.json)
 
 
+def _sim(arguments: argparse.Namespace) -> int:
+    from nodes import sim
+
+    return sim.run(
+        sim.Order(
+            seed=arguments.seed,
+            seeds=arguments.seeds,
+            nodes=arguments.nodes,
+            seconds=arguments.seconds,
+            faults=not arguments.no_faults,
+            trace=arguments.trace,
+            as_json=arguments.json,
+        )
+    )
+
+
 def _question(
     op: str, draw: Callable[[dict[str, Any]], str]
 ) -> Callable[[argparse.Namespace], int]:
@@ -224,6 +254,7 @@ COMMANDS = {
         _question("peers", text.peers),
     ),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
+    "sim": Command("simulated meshes live under faults, each from one seed", _sim_flags, _sim),
 }
 
 

@@ -1,77 +1,27 @@
-"""A mesh in one process: the deployed Node over the simulated network, under the autojump clock.
+"""A mesh in one process for tests of single things: started, stopped and asked by index.
 
-Everything is decided by one seed. A training is played by `Player`, which does with its two buffers
-what mesh/training.py does with torch.
+Everything is decided by one seed, in virtual time. Whole lives under faults are mesh/simulation.py.
 """
 
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
 import trio
-import trio.testing
-from trio._core import _run as trio_run
 
 from mesh.core.address import Address
-from mesh.core.messages import (
-    NodeId,
-    SchemaEntry,
-)
+from mesh.core.messages import NodeId
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
 from mesh.node import Node
-from mesh.runs import Run, RunSpec
+from mesh.player import Player
+from mesh.virtual_time import run_seeded
 
-
-def run_seeded(main, seed, *args):
-    """Runs `main(rng, *args)` in virtual time; the same seed gives the same run, task by task."""
-    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    trio_run._r.seed(seed)
-    try:
-        clock = trio.testing.MockClock(autojump_threshold=0)
-        return trio.run(main, Random(seed), *args, clock=clock)
-    finally:
-        trio_run._ALLOW_DETERMINISTIC_SCHEDULING = False
+__all__ = ["MemoryMesh", "memory_mesh", "node_id", "run_seeded", "until"]
 
 
 def node_id(index):
     return NodeId(f"node{index:02}" + "a" * 10)
-
-
-@dataclass
-class Player:
-    """A training that is played: it holds x, and obeys the hand-over's rule of turns."""
-
-    node: Node
-    posted: np.ndarray
-    offered: np.ndarray
-    x: np.ndarray
-    run: Run | None = None
-    begun: str | None = None
-    events: list = field(default_factory=list)
-
-    def tell(self, event):
-        self.events.append(event)
-        if event["event"] == "begun":
-            self.begun = event["how"]
-            if event["how"] == "donor":
-                self.x[:] = self.offered
-            self.posted[:] = self.offered
-
-    async def post(self, progress=0.0, *, waits=False):
-        """One boundary, if an offer is in hand."""
-        self.x += progress
-        if self.run.ours:
-            return
-        self.x += self.offered - self.posted
-        self.posted[:] = self.x
-        self.run.post(step=0, loss=None, samples=0)
-        await self.node.posted(self.run, waits=waits)
-
-    @property
-    def weights(self):
-        return self.run.replica.weights
 
 
 class MemoryMesh:
@@ -116,18 +66,8 @@ class MemoryMesh:
 
     async def attach(self, index, x, *, run="toy", weight=1.0, sync_timeout_s=2.0, shape=None):
         x = np.array(x, dtype=np.float32)
-        spec = RunSpec(
-            run=run,
-            entries=(SchemaEntry(name="w", shape=shape or (len(x),), dtype="float32"),),
-            weight=weight,
-            every=1,
-            sync_timeout_s=sync_timeout_s,
-            pid=1,
-            script="toy.py",
-        )
-        node = self.nodes[index]
-        player = Player(node=node, posted=x.copy(), offered=np.empty_like(x), x=x)
-        player.run = await node.attach(spec, player.posted, player.offered, player.tell)
+        player = Player(x, weight=weight, sync_timeout_s=sync_timeout_s, run=run)
+        await player.attach(self.nodes[index], shape or ())
         return player
 
     def states(self, index):

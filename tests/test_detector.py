@@ -470,7 +470,7 @@ def test_hearsay_that_nobody_reaches_any_more_dies_as_well():
     """Its watchers went with it: a newcomer that has only heard of it finds out."""
     wires = joined(ME, A)
     wires.do(A, ev.Received(node=ME, connection=1, message=Members(members=(row(B),))))
-    number = wires.cores[ME]._peers.contacts.connections[A].number
+    number = wires.cores[ME].peers.contacts.connections[A].number
     wires.do(ME, ev.Received(node=A, connection=number, message=Members(members=(row(B),))))
     assert wires.states(ME)[B] == "alive"
     wires.run(wires.now + 20.0)
@@ -479,8 +479,8 @@ def test_hearsay_that_nobody_reaches_any_more_dies_as_well():
 
 def test_tables_that_differ_become_one_at_the_next_probe_without_any_news():
     wires = joined(ME, A, B)
-    wires.cores[A]._peers.membership.merge([row(C, 9, State.LEFT), row(NodeId("d" * 16), 4)])
-    wires.cores[A]._peers.membership.publish(addresses=())
+    wires.cores[A].peers.membership.merge([row(C, 9, State.LEFT), row(NodeId("d" * 16), 4)])
+    wires.cores[A].peers.membership.publish(addresses=())
     wires.run(wires.now + 8.0)
     fingerprints = {core.statistics(wires.now).fingerprint for core in wires.cores.values()}
     assert len(fingerprints) == 1

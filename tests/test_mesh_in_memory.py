@@ -142,6 +142,25 @@ def test_a_node_that_leaves_is_looked_for_by_nobody():
     run_seeded(main, 4)
 
 
+@pytest.mark.xfail(strict=True, reason="nobody who knew it lives: a row of hearsay is never buried")
+def test_a_member_that_died_with_all_who_were_connected_to_it_is_called_dead_by_the_others():
+    """Found by `mesh sim --seed 2016 --nodes 8 --seconds 20`."""
+
+    async def main(rng):
+        async with memory_mesh(rng, 3) as mesh:
+            mesh.network.cut(node_id(2), node_id(3))
+            mesh.network.cut(node_id(3), node_id(2))
+            await until(lambda: "n3" in mesh.states(1) and "n3" in mesh.states(2), 5.0)
+            mesh.network.heal()
+            mesh.crash(3)
+            mesh.crash(1)
+            mesh.start(1)
+            await until(lambda: mesh.states(1).get("n2") == "alive", 30.0)
+            await until(lambda: all(mesh.states(i).get("n3") == "dead" for i in (1, 2)), 120.0)
+
+    run_seeded(main, 5)
+
+
 # ---------------------------------------------------------------------------------- first weights
 
 

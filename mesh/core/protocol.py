@@ -41,12 +41,12 @@ class MeshProtocol:
     def __init__(self, own: Member, rng: Random) -> None:
         """`own.incarnation` is the first of a block that is reserved on disk already."""
         self._me = own.node
-        self._peers = Peers(own, rng)
+        self.peers = Peers(own, rng)
         self._averaging = Averaging(
-            membership=self._peers.membership,
-            connections=self._peers.contacts.connections,
+            membership=self.peers.membership,
+            connections=self.peers.contacts.connections,
             rng=rng,
-            publish=lambda runs: self._peers.publish(runs=runs),
+            publish=lambda runs: self.peers.publish(runs=runs),
         )
 
     # ------------------------------------------------------------------------------ interface
@@ -55,23 +55,23 @@ class MeshProtocol:
         """Takes in one event; returns what is to be done, in order."""
         match event:
             case ev.CandidateFound():
-                self._peers.candidate_found(event, now)
+                self.peers.candidate_found(event, now)
                 effects: list[ev.Effect] = []
             case ev.PeerConnected():
-                effects = self._peers.connected(event, now)
+                effects = self.peers.connected(event, now)
             case ev.DialFailed():
-                effects = self._peers.dial_failed(event, now)
+                effects = self.peers.dial_failed(event, now)
             case ev.PeerIncompatible():
-                effects = self._peers.incompatible(event, now)
+                effects = self.peers.incompatible(event, now)
             case ev.PeerLost():
-                effects = self._peers.lost(event, now)
+                effects = self.peers.lost(event, now)
                 self._averaging.peers_changed(now)
             case ev.TwinMet():
                 effects = [ev.Stop(reason=taken(event.host))]
             case ev.Received():
                 effects = self._received(event, now)
             case ev.AddressesChanged():
-                effects = self._peers.publish(addresses=event.addresses)
+                effects = self.peers.publish(addresses=event.addresses)
             case ev.RunAttached():
                 effects = self._averaging.attach(event, now)
             case ev.RunDetached():
@@ -83,29 +83,29 @@ class MeshProtocol:
             case ev.ExchangeEnded():
                 effects = self._averaging.exchange_ended(event, now)
             case ev.Leaving():
-                effects = self._peers.publish(state=State.LEFT)
+                effects = self.peers.publish(state=State.LEFT)
             case _:
                 assert_never(event)
         return effects + self.on_deadline(now)
 
     def next_deadline(self) -> float:
-        return min(self._peers.next_deadline(), self._averaging.next_deadline())
+        return min(self.peers.next_deadline(), self._averaging.next_deadline())
 
     def on_deadline(self, now: float) -> list[ev.Effect]:
         """Everything that is due; harmless when nothing is."""
-        effects = self._peers.on_deadline(now)
-        for row in self._peers.take_news():
+        effects = self.peers.on_deadline(now)
+        for row in self.peers.take_news():
             effects += self._averaging.row_changed(row, now)
         exchanges = self._averaging.on_deadline(now)
         for effect in exchanges:
             if isinstance(effect, ev.StartExchange):
-                self._peers.contacts.connections[effect.peer].used_at = now
+                self.peers.contacts.connections[effect.peer].used_at = now
         return effects + exchanges
 
     @property
     def own(self) -> Member:
         """This node's own row."""
-        return self._peers.membership.own
+        return self.peers.membership.own
 
     def run_info(self, run: str) -> RunInfo | None:
         """What this node says of a run of its own; None if nobody trains it here."""
@@ -117,22 +117,22 @@ class MeshProtocol:
 
     def statistics(self, now: float) -> ProtocolStatistics:
         # A member that came back with another version is listed as what it is now.
-        strangers = self._peers.strangers.listed(now)
-        members = [m for m in self._peers.membership.others.values() if m.node not in strangers]
+        strangers = self.peers.strangers.listed(now)
+        members = [m for m in self.peers.membership.others.values() if m.node not in strangers]
         peers = [*strangers.values(), *(self._peer_statistics(m, now) for m in members)]
         return ProtocolStatistics(
             own=self.own,
             peers=tuple(sorted(peers, key=lambda p: (p.name, p.node))),
             partners=self._averaging.partner_counts(),
-            unreached=self._peers.contacts.unreached(),
-            local_health=self._peers.detector.health.score,
-            fingerprint=self._peers.membership.fingerprint,
+            unreached=self.peers.contacts.unreached(),
+            local_health=self.peers.detector.health.score,
+            fingerprint=self.peers.membership.fingerprint,
         )
 
     # ------------------------------------------------------------------------------- messages
 
     def _received(self, event: ev.Received, now: float) -> list[ev.Effect]:
-        node, message, peers = event.node, event.message, self._peers
+        node, message, peers = event.node, event.message, self.peers
         current = peers.contacts.connections.get(node)
         if current is None or current.number != event.connection:
             if isinstance(message, Ack):
@@ -172,10 +172,10 @@ class MeshProtocol:
                 assert_never(message)
 
     def _peer_statistics(self, member: Member, now: float) -> PeerStatistics:
-        connection = self._peers.contacts.connections.get(member.node)
+        connection = self.peers.contacts.connections.get(member.node)
         state, reason = member.state.name.lower(), ""
         if member.state >= State.SUSPECT:
-            reason = self._peers.reasons.get(member.node, "")
+            reason = self.peers.reasons.get(member.node, "")
         elif why := self._averaging.incompatible(member):
             state, reason = "incompatible", why
         return PeerStatistics(
@@ -185,8 +185,8 @@ class MeshProtocol:
             reason=reason,
             addresses=member.addresses,
             via=connection.via if connection else None,
-            rtt_s=self._peers.detector.rtt_s(member.node),
-            silent_for_s=self._peers.detector.silent_for_s(member.node, now),
+            rtt_s=self.peers.detector.rtt_s(member.node),
+            silent_for_s=self.peers.detector.silent_for_s(member.node, now),
             incarnation=member.incarnation,
             runs=member.runs,
         )

@@ -1,0 +1,346 @@
+"""The ledger of a simulated mesh: every delta that any replica answers or applies is entered here.
+
+A fragment's trip: the responder's WatchedReplica.answer() -> WatchedResponses.applied() ->
+Ledger.answered() -> the reply travels -> the initiator's WatchedReplica.apply() -> Ledger.applied().
+Rules: 1. What a node says of itself is never asked: the ledger counts by itself and compares. 2. Mass,
+the sum of p * w, changes only by what trainings post, and by what dies. 3. It knows no network.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesh.codec import Float32, Floats
+from mesh.core.exchange import Responses
+from mesh.core.messages import WINDOW, NodeId
+from mesh.replica import Replica
+from mesh.runs import KeptReply, Run
+
+FRAGMENT_ENTRIES: Final = 4
+"""Numbers in a fragment of a watched replica: all the counting of 1 MiB, none of its arithmetic."""
+
+HULL_SLACK: Final = 0.05
+"""How far a coordinate may leave what went in, as a part of the spread. See Ledger.check_hull()."""
+
+NOT_A_NUMBER: Final = np.float32(np.nan).tobytes()
+BALANCE: Final = 1e-9
+ROUNDING: Final = 1e-7
+"""Of float32: half a unit in the last place, as a part of the number."""
+
+
+class WatchedReplica(Replica):
+    """A replica that enters what happens to it into the ledger, and has small fragments."""
+
+    def __init__(self, entries: int, node: NodeId, weight: float, ledger: "Ledger") -> None:
+        super().__init__(entries, Float32())
+        self.fragments = -(-entries // FRAGMENT_ENTRIES)
+        self._norms = np.zeros(self.fragments, dtype=np.float64)
+        self.node = node
+        self.weight = weight
+        self.run: Run | None = None
+        self.number = 0
+        """each attachment has its own"""
+        self.alive = True
+        self.spoiled = False
+        """the next fragment that it sends holds a NaN: bad memory, or ill will"""
+        self.exchanges: set[int] = set()
+        """those that it initiated and has not finished"""
+        self.answered: tuple[int, float] | None = None
+        """a fragment that was answered, and the step: its reply has to be kept before the next"""
+        self._ledger = ledger
+
+    def slice_of(self, index: int) -> slice:
+        start = index * FRAGMENT_ENTRIES
+        return slice(start, min(start + FRAGMENT_ENTRIES, len(self.weights)))
+
+    def write(self, index: int, out: memoryview) -> None:
+        if self.run is not None and self.run.current is not None:
+            self.exchanges.add(self.run.current.exchange)
+        super().write(index, out)
+        if self.spoiled:
+            self.spoiled = False
+            out[:4] = NOT_A_NUMBER
+
+    def answer(self, index: int, body: memoryview, share: float, reply: memoryview) -> float:
+        distance = super().answer(index, body, share, reply)
+        if self.answered is not None:
+            self._ledger.fail(f"{self.node[:8]} answered a fragment and kept no reply")
+        self.answered = index, share
+        self._ledger.moved(self, self.slice_of(index))
+        return distance
+
+    def apply(self, index: int, body: memoryview, share: float) -> float:
+        distance = super().apply(index, body, share)
+        self._ledger.applied(self, index, bytes(body), share)
+        self._ledger.moved(self, self.slice_of(index))
+        return distance
+
+    def progress(self, index: int, posted: Floats, offered: Floats) -> bool:
+        whole = super().progress(index, posted, offered)
+        self._ledger.widen(self, self.slice_of(index))
+        return whole
+
+    def fill(self, values: Floats) -> None:
+        before = self.weights.astype(np.float64)
+        super().fill(values)
+        self._ledger.filled(self, before)
+
+
+class WatchedResponses(Responses[KeptReply]):
+    """What a watched replica answers, entered into the ledger."""
+
+    @classmethod
+    def instead_of(cls, run: Run, replica: WatchedReplica, ledger: "Ledger") -> None:
+        """Takes the place of the responses of a run that nobody was answered by yet."""
+        responses = cls(replica.fragments, run.responses._release)
+        responses._replica, responses._ledger = replica, ledger
+        replica.run, run.responses = run, responses
+
+    _replica: WatchedReplica
+    _ledger: "Ledger"
+
+    def open(self, initiator: NodeId, exchange: int, start: int) -> str | None:
+        reason = super().open(initiator, exchange, start)
+        if reason is None:
+            self._ledger.opened(self._replica, initiator, exchange)
+        return reason
+
+    def applied(self, initiator: NodeId, exchange: int, index: int, reply: KeptReply) -> None:
+        super().applied(initiator, exchange, index, reply)
+        if self.kept_replies > WINDOW * len(self._records):
+            self._ledger.fail(f"{self._replica.node[:8]} keeps more replies than a window each")
+        where = self._replica.slice_of(index)
+        delta = bytes(reply.buffer[: 4 * (where.stop - where.start)])
+        self._ledger.answered(self._replica, (initiator, exchange, index), delta, reply.halved)
+
+
+Key = tuple[NodeId, int, int]
+"""initiator, exchange, fragment"""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A fragment that was answered and whose delta the initiator has not applied yet."""
+
+    responder: WatchedReplica
+    delta: bytes
+    step: float
+    crossed: bool
+    open: bool = True
+    """both replicas live: the delta is on its way, and counted as in flight"""
+
+
+class Ledger:
+    """See the module's docstring. `fail` hears the first violation, in one sentence."""
+
+    def __init__(self, entries: int, fail: Callable[[str], None]) -> None:
+        self.fail = fail
+        self.replicas: dict[NodeId, WatchedReplica] = {}
+        """the living, by their nodes"""
+        self.fragments_applied = 0
+        self.lost_in_doubt = 0
+        self.highest_overshoot = 0.0
+        self._expected: NDArray[np.float64] = np.zeros(entries, dtype=np.float64)
+        self._scale = 1.0
+        self._operations = 0
+        self._born = 0
+        self._low: Floats = np.full(entries, np.inf, dtype=np.float32)
+        self._high: Floats = np.full(entries, -np.inf, dtype=np.float32)
+        self._answers: dict[NodeId, dict[tuple[int, int], _Answer]] = defaultdict(dict)
+        """initiator -> (exchange, fragment) -> what is in doubt"""
+        self._next_answer: dict[tuple[int, NodeId], tuple[int, int]] = {}
+        """(responder's number, initiator) -> (exchange, fragment that is due)"""
+        self._next_apply: dict[tuple[NodeId, int], int] = {}
+
+    # --------------------------------------------------------------------------------- replicas
+
+    def born(self, replica: WatchedReplica) -> None:
+        """A run attached: from now on its replica's mass counts, beginning with fill()."""
+        self.replicas[replica.node] = replica
+        self._born += 1
+        replica.number = self._born
+
+    def gone(self, replica: WatchedReplica) -> None:
+        """Its process died, or its run was detached: its weights and what it has in doubt are lost."""
+        if not replica.alive:
+            return
+        replica.alive = False
+        del self.replicas[replica.node]
+        self._expected -= replica.weight * replica.weights.astype(np.float64)
+        for initiator, answers in self._answers.items():
+            for (_, index), answer in answers.items():
+                if answer.open and (answer.responder is replica or initiator == replica.node):
+                    answer.open = False
+                    self.lost_in_doubt += 1
+                    self._expected[replica.slice_of(index)] += self._moved_by(answer)
+        self._answers.pop(replica.node, None)
+        dead = replica.number
+        self._next_answer = {k: due for k, due in self._next_answer.items() if k[0] != dead}
+
+    def filled(self, replica: WatchedReplica, before: NDArray[np.float64]) -> None:
+        """First weights: the training's own, or a donor's in one piece."""
+        if replica.alive:
+            self._expected += replica.weight * (replica.weights.astype(np.float64) - before)
+            self.widen(replica, slice(None))
+
+    def posted(self, replica: WatchedReplica, progress: NDArray[np.float64]) -> None:
+        """A training is about to hand over so much progress."""
+        if replica.alive:
+            self._expected += replica.weight * progress
+            self._operations += 1
+
+    def widen(self, replica: WatchedReplica, where: slice) -> None:
+        """A training moved this replica: from there on the hull reaches to where it is."""
+        weights = replica.weights[where]
+        self._check_finite(replica, where)
+        if replica.alive:
+            np.minimum(self._low[where], weights, out=self._low[where])
+            np.maximum(self._high[where], weights, out=self._high[where])
+            self._scale = max(self._scale, float(np.abs(weights).max()))
+
+    def moved(self, replica: WatchedReplica, where: slice) -> None:
+        """An exchange moved this replica."""
+        self._operations += 1
+        self._check_finite(replica, where)
+        if replica.alive:
+            self._check_hull(replica, where)
+
+    # -------------------------------------------------------------------------------- exchanges
+
+    def opened(self, responder: WatchedReplica, initiator: NodeId, exchange: int) -> None:
+        """An initiator that opens another exchange has no fragment of the last one in doubt."""
+        for (older, index), answer in self._answers[initiator].items():
+            if answer.open and older != exchange and answer.responder is responder:
+                self.fail(
+                    f"{initiator[:8]} left fragment {index} of exchange {older} with "
+                    f"{responder.node[:8]} in doubt and began another"
+                )
+
+    def answered(self, responder: WatchedReplica, key: Key, delta: bytes, halved: bool) -> None:
+        """The responder applied its step of a fragment."""
+        initiator, exchange, index = key
+        done, responder.answered = responder.answered, None
+        if not responder.alive:
+            return
+        where = f"fragment {index} of exchange {exchange} from {initiator[:8]}"
+        row = responder.number, initiator
+        last, due = self._next_answer.get(row, (exchange, 0))
+        due = due if last == exchange else 0
+        if index != due:
+            what = "twice" if index < due else "before an earlier one"
+            self.fail(f"{responder.node[:8]} applied {where} {what}")
+        self._next_answer[row] = exchange, index + 1
+        if done is None or done[0] != index:
+            self.fail(f"{responder.node[:8]} keeps a reply to {where} that it did not compute")
+            return
+        answers = self._answers[initiator]
+        before = answers.get((exchange, index))
+        if before is not None and before.open:
+            self.fail(f"{where} was answered by two replicas at once")
+        own = responder.run.current if responder.run else None
+        crossed = own is not None and not own.pull and own.applied <= index < own.sent_once
+        if crossed and not halved:
+            self.fail(f"{responder.node[:8]} took the full step in {where} while its own request "
+                      "for it was under way: the two swap")  # fmt: skip
+        answer = _Answer(responder, delta, done[1], crossed)
+        asker = self.replicas.get(initiator)
+        if asker is None or exchange not in asker.exchanges:
+            # Who asked is dead: what it sent before has arrived.
+            self._expected[responder.slice_of(index)] += self._moved_by(answer)
+            self.lost_in_doubt += 1
+            return
+        answers[exchange, index] = answer
+        in_doubt = sum(number == exchange for number, _ in answers)
+        if in_doubt > WINDOW:
+            self.fail(
+                f"{in_doubt} fragments of exchange {exchange} are in doubt at {initiator[:8]}"
+            )
+
+    def applied(self, initiator: WatchedReplica, index: int, delta: bytes, step: float) -> None:
+        """The initiator applied its step of a fragment."""
+        record = initiator.run.current if initiator.run else None
+        if not initiator.alive:
+            return
+        if record is None:
+            self.fail(f"{initiator.node[:8]} applied a delta outside any exchange")
+            return
+        who, exchange = initiator.node[:8], record.exchange
+        where = f"fragment {index} of exchange {exchange} with {record.peer[:8]}"
+        due = self._next_apply.get((initiator.node, exchange), 0)
+        if index != due:
+            what = "twice" if index < due else "before an earlier one"
+            self.fail(f"{who} applied the delta of {where} {what}")
+        self._next_apply[initiator.node, exchange] = index + 1
+        if index + 1 == initiator.fragments:
+            del self._next_apply[initiator.node, exchange]
+            initiator.exchanges.discard(exchange)
+        answer = self._answers[initiator.node].pop((exchange, index), None)
+        if answer is None:
+            self.fail(f"{who} applied a delta of {where} that nobody answered")
+            return
+        if answer.delta != delta:
+            self.fail(f"{who} applied another delta of {where} than its responder")
+        theirs, mine = answer.responder.weight * answer.step, initiator.weight * step
+        if abs(theirs - mine) > BALANCE * abs(theirs):
+            self.fail(f"the shares of {where} do not balance: p * step is {mine} and {theirs}")
+        limit = 0.5 if answer.crossed else 1.0
+        if not 0 < step + answer.step <= limit + BALANCE:
+            self.fail(f"both together step {step + answer.step:g} of the way in {where}, "
+                      f"at most {limit:g} is right: they swap")  # fmt: skip
+        self.fragments_applied += 1
+        if not answer.open:
+            slot = initiator.slice_of(index)
+            self._expected[slot] -= mine * np.frombuffer(delta, np.float32).astype(np.float64)
+
+    def in_flight(self) -> int:
+        """Fragments that were answered and wait for their initiator, both alive."""
+        return sum(a.open for answers in self._answers.values() for a in answers.values())
+
+    # ----------------------------------------------------------------------------------- checks
+
+    def check_mass(self) -> None:
+        """The sum of p * w, less what is in flight, is what went in."""
+        total = -self._expected
+        for replica in self.replicas.values():
+            total += replica.weight * replica.weights
+        for answers in self._answers.values():
+            for (_, index), answer in answers.items():
+                if answer.open:
+                    total[answer.responder.slice_of(index)] -= self._moved_by(answer)
+        error = float(np.abs(total).max())
+        tolerance = ROUNDING * self._scale * (20 + 4 * self._operations**0.5)
+        if not error <= tolerance:
+            self.fail(f"mass moved by {error:g}, rounding explains {tolerance:g}")
+
+    def spread(self) -> float:
+        """How far apart the inputs lie, at the coordinate where that is largest."""
+        return float((self._high - self._low).max()) if self.replicas else 0.0
+
+    def disagreement(self) -> float:
+        """How far apart the replicas lie now, as a part of the spread."""
+        if len(self.replicas) < 2:
+            return 0.0
+        stacked = np.stack([replica.weights for replica in self.replicas.values()])
+        return float(np.ptp(stacked, axis=0).max()) / max(self.spread(), 1e-6)
+
+    def _moved_by(self, answer: _Answer) -> NDArray[np.float64]:
+        delta = np.frombuffer(answer.delta, np.float32).astype(np.float64)
+        return answer.responder.weight * answer.step * delta
+
+    def _check_finite(self, replica: WatchedReplica, where: slice) -> None:
+        if not np.isfinite(replica.weights[where]).all():
+            self.fail(f"{replica.node[:8]} holds weights that are not finite")
+
+    def _check_hull(self, replica: WatchedReplica, where: slice) -> None:
+        weights, low, high = replica.weights[where], self._low[where], self._high[where]
+        beyond = float(np.maximum(low - weights, weights - high).max())
+        if beyond <= 0:
+            return
+        overshoot = beyond / max(float((high - low).max()), 1e-3)
+        self.highest_overshoot = max(self.highest_overshoot, overshoot)
+        if overshoot > HULL_SLACK:
+            self.fail(f"{replica.node[:8]} left the hull of all inputs by {overshoot:.1%}")

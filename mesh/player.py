@@ -1,0 +1,105 @@
+"""A training that is played: what mesh/training.py does with torch, on plain numpy buffers.
+
+A life: Player.attach() -> tell("begun") -> post() at each boundary -> the node dies: it trains alone
+-> attach() to the node that is back, as a training that had begun. Rule: it holds x, and touches the
+two hand-over buffers only in its turn.
+"""
+
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+
+from mesh.codec import Floats
+from mesh.core.messages import SchemaEntry
+from mesh.node import Node
+from mesh.runs import Run, RunSpec
+
+RUN: Final = "toy"
+EVENTS_KEPT: Final = 64
+
+
+class Player:
+    """One training, from one attachment to the next."""
+
+    def __init__(
+        self, x: Floats, *, weight: float = 1.0, sync_timeout_s: float = 2.0, run: str = RUN
+    ) -> None:
+        self.x = x
+        self.weight = weight
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.began: str | None = None
+        """how it got its first weights; stays through the deaths of its node"""
+        self.begun: str | None = None
+        """how it began in this attachment; None until it has"""
+        self.node: Node | None = None
+        self._name = run
+        self._sync_timeout_s = sync_timeout_s
+        self._met = False
+        self._run: Run | None = None
+        self.posted: Floats = x.copy()
+        self.offered: Floats = np.empty_like(x)
+
+    @property
+    def run(self) -> Run:
+        assert self._run is not None
+        return self._run
+
+    @property
+    def weights(self) -> Floats:
+        """The replica's, as they are now."""
+        return self.run.replica.weights
+
+    async def attach(self, node: Node, shape: tuple[int, ...] = ()) -> None:
+        """Attaches to a node, for the first time or after the last one died."""
+        self.node, self.begun, self._run = node, None, None
+        self.posted, self.offered = self.x.copy(), np.empty_like(self.x)
+        spec = RunSpec(
+            run=self._name,
+            entries=(SchemaEntry(name="w", shape=shape or (len(self.x),), dtype="float32"),),
+            weight=self.weight,
+            every=1,
+            sync_timeout_s=self._sync_timeout_s,
+            pid=1,
+            script="toy.py",
+            started=self.began is not None,
+            exchanged=self._met,
+        )
+
+        def tell(event: dict[str, Any]) -> None:
+            if self.node is node:  # one that died says nothing more
+                self.hear(event)
+
+        self._run = await node.attach(spec, self.posted, self.offered, tell)
+
+    def lost(self) -> None:
+        """The node is gone: train alone."""
+        self.node = self._run = None
+
+    async def post(self, progress: "float | Floats" = 0.0, *, waits: bool = False) -> None:
+        """One boundary, if an offer is in hand."""
+        self.x += progress
+        run = self.run
+        if run.ours:
+            return
+        self.x += self.offered - self.posted
+        self.posted[:] = self.x
+        run.post(step=0, loss=None, samples=0)
+        assert self.node is not None
+        await self.node.posted(run, waits=waits)
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """What the node says."""
+        self.events.append(event)
+        match event["event"]:
+            case "begun":
+                self.begun = event["how"]
+                self.began = self.began or self.begun
+                if self.begun == "donor":
+                    self.x[:] = self.offered
+                    self._met = True
+                self.posted[:] = self.offered
+            case "offered":
+                self._met = event["peers"] > 0 or self._met
+            case _:
+                pass
