@@ -94,7 +94,8 @@ async def greet(stream: Stream, own: Hello) -> Hello:
             if message.member.node != stream.peer:
                 raise RemoteProtocolError("the node id is not that of its certificate")
             if stream.peer == own.member.node:
-                if (message.age_ms, message.instance) > (own.age_ms, own.instance):
+                older = (message.age_ms, message.instance) > (own.age_ms, own.instance)
+                if message.instance != own.instance and older:
                     raise Twin(stream.host)
                 raise Itself("this address leads back to this node")
             return message

@@ -31,6 +31,7 @@ from mesh.core.messages import (
     PROTOCOL,
     Ack,
     Hello,
+    IdentityTaken,
     Member,
     Members,
     NodeId,
@@ -153,8 +154,9 @@ def test_a_node_that_nobody_answers_trusts_its_own_ears_less_and_waits_longer():
     detector = watching(A, B, C)
     run_until(detector, 60.0)
     assert detector.health.score == WORST - 1
-    [first] = [f for f in detector._next_probe(100.0, 0) if isinstance(f.message, Ping)] or [None]
-    assert first is None or detector._probe_at == 100.0 + WORST * PROBE_INTERVAL_S
+    probes = [t for t, f in run_until(detector, 120.0, 60.0) if type(f) is Tell and f.node == A]
+    assert probes
+    assert max(b - a for a, b in pairwise(sorted(set(probes)))) >= WORST * PROBE_INTERVAL_S / 2
 
 
 def test_helpers_that_report_silence_vouch_for_the_ears_of_who_asked():
@@ -167,7 +169,7 @@ def test_helpers_that_report_silence_vouch_for_the_ears_of_who_asked():
 # ---------------------------------------------------------------------------------------- probes
 
 
-def test_one_probe_a_second_goes_to_whoever_was_silent_for_longest():
+def test_one_probe_a_second_and_everybody_is_probed_in_every_round():
     detector = watching(A, B, C)
     pinged = [
         (now, finding.node)
@@ -177,8 +179,25 @@ def test_one_probe_a_second_goes_to_whoever_was_silent_for_longest():
     assert 29 <= len(pinged) <= 31
     gaps = [b - a for (a, _), (b, _) in pairwise(pinged)]
     assert gaps == pytest.approx([PROBE_INTERVAL_S] * len(gaps))
-    for first in range(len(pinged) - 2):
-        assert {node for _, node in pinged[first : first + 3]} == {A, B, C}
+    for first in range(len(pinged) - 4):
+        assert {node for _, node in pinged[first : first + 5]} == {A, B, C}
+
+
+def test_who_was_heard_lately_is_passed_over_for_one_that_is_silent():
+    others = [NodeId(f"{k:02}" * 8) for k in range(16)]
+    detector = watching(*others)
+    run_until(detector, 20.0, answering=others)  # everybody is measured
+    now, pinged = 20.0, []
+    while now < 26.0:
+        for node in others[1:]:
+            detector.heard(node, now)
+        now = detector.next_deadline()
+        for finding in detector.on_deadline(now, 0):
+            pinged.append(finding.node)
+            detector.acknowledged(finding.node, finding.message.sequence, now)
+            if finding.node != others[0]:
+                detector.heard(finding.node, now)
+    assert others[0] in pinged[:3]
 
 
 def test_helpers_are_asked_after_half_a_second_and_silence_is_an_accusation_after_one():
@@ -512,7 +531,11 @@ def test_of_two_processes_with_one_identity_the_younger_is_refused():
         )
         effects = core.handle(answer, 0.1)
         refused = 2 if first_is_older else 1
-        told = {e.connection: e.message.host for e in effects if isinstance(e, ev.Send)}
+        told = {
+            e.connection: e.message.host
+            for e in effects
+            if isinstance(e, ev.Send) and isinstance(e.message, IdentityTaken)
+        }
         assert told[refused] == f"10.0.0.{3 - refused}"
         assert refused in {e.connection for e in effects if isinstance(e, ev.Hangup)}
         pong = core.handle(

@@ -1,5 +1,7 @@
 """Whole nodes over the simulated network: finding, losing, first weights, reasons. Virtual time."""
 
+from random import Random
+
 import numpy as np
 import pytest
 import trio
@@ -10,7 +12,8 @@ from mesh.core.messages import (
     SchemaEntry,
 )
 from mesh.errors import UsageError
-from mesh.net.simulated import Weather
+from mesh.net.simulated import SimulatedTransport, Weather
+from mesh.node import Node
 from mesh.responder import Responder
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
@@ -127,6 +130,52 @@ def test_a_peer_that_hangs_up_at_once_again_and_again_is_dialled_ever_more_slowl
     run_seeded(main, 21)
 
 
+def test_an_address_that_leads_back_here_is_dropped_and_no_twin():
+    """docker0's 172.17.0.1, on every machine: by the time it is answered this process is older."""
+
+    async def main(rng):
+        async with memory_mesh(rng) as mesh:
+            node = mesh.start(1, discovery=False, candidates=[("cache", Address("10.0.0.1", 7710))])
+            await trio.sleep(30)
+            assert not node._ended
+            assert node.statistics().protocol.peers == ()
+
+    run_seeded(main, 22)
+
+
+def test_a_process_with_a_copied_identity_is_refused_wherever_it_shows_itself():
+    async def main(rng):
+        for shows_to in ("a third", "the first"):
+            async with memory_mesh(rng) as mesh:
+                first, onlooker = mesh.start(1), mesh.start(2)
+                await until(lambda: alive_everywhere(mesh), 5.0)
+                at = Address("10.0.0.2" if shows_to == "a third" else "10.0.0.1", 7710)
+                copy = Node(
+                    node=first.id,
+                    name="copy",
+                    incarnation=first._protocol.own.incarnation + 1024,
+                    transport=SimulatedTransport(
+                        mesh.network, first.id, Address("10.0.0.77", 7710)
+                    ),
+                    discovery=None,
+                    candidates=(("peer", at),),
+                    rng=Random(9),
+                    store_incarnation=lambda _: None,
+                    note=lambda _: None,
+                )
+                with pytest.RaisesGroup(
+                    pytest.RaisesExc(UsageError, match="state directory was copied")
+                ):
+                    await copy.run()
+                await trio.sleep(2)
+                assert not first._ended
+                assert mesh.states(2) == {"n1": "alive"}
+                [row] = onlooker.statistics().protocol.peers
+                assert [str(a) for a in row.addresses] == ["10.0.0.1:7710"]
+
+    run_seeded(main, 23)
+
+
 def test_a_node_that_leaves_is_looked_for_by_nobody():
     async def main(rng):
         async with memory_mesh(rng, 3) as mesh:
@@ -142,7 +191,6 @@ def test_a_node_that_leaves_is_looked_for_by_nobody():
     run_seeded(main, 4)
 
 
-@pytest.mark.xfail(strict=True, reason="nobody who knew it lives: a row of hearsay is never buried")
 def test_a_member_that_died_with_all_who_were_connected_to_it_is_called_dead_by_the_others():
     """Found by `mesh sim --seed 2016 --nodes 8 --seconds 20`."""
 

@@ -247,11 +247,16 @@ class Peers:
         older = check.old if younger is check.new else check.new
         if self.contacts.connections.get(check.node) is younger:
             self.contacts.connections[check.node] = older
-        text = (
-            f"{short(check.node)} runs twice, at {check.old.host} and {check.new.host}: a copied "
-        )
+        where = f"{check.old.host} and {check.new.host}"
+        text = f"{short(check.node)} runs twice, at {where}: a copied state directory"
+        row = self.membership.others.get(check.node)
         return [
-            ev.Note(text=text + f"state directory; {younger.host} is refused"),
+            ev.Note(text=f"{text}; {younger.host} is refused"),
+            # The table may hold what the younger said of itself: the older refutes it.
+            *(
+                ev.Send(connection=older.number, message=page)
+                for page in pages([row] if row else [])
+            ),
             ev.Send(connection=younger.number, message=IdentityTaken(host=older.host)),
             ev.Hangup(connection=younger.number, reason=taken(older.host)),
         ]
