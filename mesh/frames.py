@@ -2,11 +2,9 @@
 
 from typing import Final
 
-import trio
-
 from mesh import wire
 from mesh.core.messages import Message
-from mesh.errors import PeerTimeout, RemoteProtocolError, StreamLost
+from mesh.errors import RemoteProtocolError, StreamLost
 from mesh.net.transport import Stream
 
 JOIN_BYTES: Final = 128 * 1024
@@ -17,7 +15,7 @@ STALL_S: Final = 10.0
 """An exchange without a byte for this long, on either side, is a lost connection."""
 
 SEND_S: Final = 60.0
-"""For one frame: 1 MiB at 20 kB/s. The kernel reports a dead peer sooner where it can."""
+"""In which something of a frame has to be taken. The kernel reports a dead peer sooner where it can."""
 
 
 async def send_frame(
@@ -25,42 +23,27 @@ async def send_frame(
 ) -> int:
     """Sends one frame, behind a frame without body that was encoded `before`; returns the length."""
     header = before + wire.encode(message, len(body))
-    with trio.move_on_after(SEND_S):
-        if len(body) <= JOIN_BYTES:
-            await stream.send_all(header + bytes(body))
-        else:
-            await stream.send_all(header)
-            await stream.send_all(body)
-        return len(header) + len(body)
-    raise PeerTimeout(f"a frame of {len(body)} bytes was not taken within {SEND_S:g} s")
-
-
-async def receive_exactly(stream: Stream, view: memoryview, timeout_s: float) -> None:
-    """Fills `view`. Raises StreamLost if the stream ends before, PeerTimeout if nothing comes for
-    timeout_s: a slow peer that goes on is waited for, however long a fragment takes it."""
-    with trio.move_on_after(timeout_s) as patience:
-        await _fill(stream, view, patience, timeout_s)
-        return
-    raise PeerTimeout(f"nothing came for {timeout_s:g} s")
-
-
-async def _fill(
-    stream: Stream, view: memoryview, patience: trio.CancelScope, timeout_s: float
-) -> None:
-    while len(view):
-        received = await stream.receive_into(view)
-        if not received:
-            raise StreamLost("connection closed by the other end")
-        view = view[received:]
-        patience.deadline = trio.current_time() + timeout_s
+    if not len(body):
+        await stream.send_all(header, SEND_S)
+    elif len(body) <= JOIN_BYTES:
+        await stream.send_all(header + bytes(body), SEND_S)
+    else:
+        await stream.send_all(header, SEND_S)
+        await stream.send_all(body, SEND_S)
+    return len(header) + len(body)
 
 
 class FrameReader:
-    """Reads frames off one stream. A frame's body must be read, or dropped, before the next."""
+    """Reads frames off one stream, from its first byte on: what one call to the stream brought may
+    hold several. A frame's body must be read, or dropped, before the next.
+
+    Timeouts count from byte to byte: a slow peer that goes on is waited for, however long it takes.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._buffer = memoryview(bytearray(wire.HEADER_LIMIT_BYTES))
+        self._buffer = memoryview(bytearray(wire.PREFIX_BYTES + wire.HEADER_LIMIT_BYTES))
+        self._start = self._end = 0
         self.received_bytes = 0
 
     async def message(self, *, timeout_s: float, bodies: bool = False) -> tuple[Message, int]:
@@ -68,26 +51,46 @@ class FrameReader:
 
         Raises PeerTimeout, StreamLost, or RemoteProtocolError (a body where `bodies` is false).
         """
-        prefix = self._buffer[: wire.PREFIX_BYTES]
-        with trio.move_on_after(timeout_s) as patience:  # one for both halves: scopes cost 20 us
-            await _fill(self._stream, prefix, patience, timeout_s)
-            header_bytes, body_bytes = wire.parse_prefix(prefix)
-            if body_bytes and not bodies:
-                raise RemoteProtocolError("a body where none belongs")
-            header = self._buffer[:header_bytes]
-            await _fill(self._stream, header, patience, timeout_s)
-        if patience.cancelled_caught:
-            raise PeerTimeout(f"nothing came for {timeout_s:g} s")
+        await self._have(wire.PREFIX_BYTES, timeout_s)
+        prefix = self._buffer[self._start : self._start + wire.PREFIX_BYTES]
+        header_bytes, body_bytes = wire.parse_prefix(prefix)
+        if body_bytes and not bodies:
+            raise RemoteProtocolError("a body where none belongs")
+        await self._have(wire.PREFIX_BYTES + header_bytes, timeout_s)
+        begin = self._start + wire.PREFIX_BYTES
+        self._start = begin + header_bytes
         self.received_bytes += wire.PREFIX_BYTES + header_bytes + body_bytes
-        return wire.decode(header), body_bytes
+        return wire.decode(self._buffer[begin : self._start]), body_bytes
 
     async def body(self, view: memoryview, *, timeout_s: float) -> None:
         """The body of the last message, exactly len(view) bytes."""
-        await receive_exactly(self._stream, view, timeout_s)
+        count = min(len(view), self._end - self._start)
+        view[:count] = self._buffer[self._start : self._start + count]
+        self._start += count
+        view = view[count:]
+        while len(view):
+            view = view[await self._receive(view, timeout_s) :]
 
     async def drop_body(self, length: int, *, timeout_s: float) -> None:
         """Reads a body that nobody wants, to stay in step with the sender."""
-        while length:
-            piece = self._buffer[: min(length, len(self._buffer))]
-            await self.body(piece, timeout_s=timeout_s)
-            length -= len(piece)
+        count = min(length, self._end - self._start)
+        self._start += count
+        while length > count:
+            count += await self._receive(self._buffer[: length - count], timeout_s)
+
+    async def _have(self, count: int, timeout_s: float) -> None:
+        """Waits until `count` bytes that are not read yet lie in the buffer."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start + count > len(self._buffer):
+            left = bytes(self._buffer[self._start : self._end])
+            self._buffer[: len(left)] = left
+            self._start, self._end = 0, len(left)
+        while self._end - self._start < count:
+            self._end += await self._receive(self._buffer[self._end :], timeout_s)
+
+    async def _receive(self, view: memoryview, timeout_s: float) -> int:
+        received = await self._stream.receive_into(view, timeout_s)
+        if not received:
+            raise StreamLost("connection closed by the other end")
+        return received

@@ -22,6 +22,7 @@ from mesh.core.messages import (
 )
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import FrameReader
+from mesh.links import Peer
 from mesh.net.transport import Stream
 from mesh.runs import Run
 
@@ -32,7 +33,7 @@ RETRY_S: Final = 0.2
 IDLE_LIMIT: Final = 64
 """Bulk connections kept for the next exchange with the same peer: a handshake takes 10 ms."""
 
-Connect = Callable[[NodeId, tuple[Address, ...]], Awaitable[Stream]]
+Connect = Callable[[NodeId, tuple[Address, ...]], Awaitable[Peer]]
 Emit = Callable[[ev.Event], Awaitable[None]]
 
 
@@ -202,8 +203,8 @@ class Initiator:
         """A bulk connection for one conversation; kept for the next unless this one broke it."""
         pooled = self._idle.pop(peer, None)
         if pooled is None:
-            stream = await self._connect(peer, addresses)
-            pooled = stream, FrameReader(stream)
+            greeted = await self._connect(peer, addresses)
+            pooled = greeted.stream, greeted.reader
         try:
             yield pooled
         except Refused:

@@ -73,6 +73,15 @@ class Twin(MeshError):
         self.host = host
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A connection on which both sides said Hello."""
+
+    stream: Stream
+    reader: FrameReader
+    hello: Hello
+
+
 @dataclass(slots=True)
 class _Link:
     stream: Stream
@@ -83,12 +92,13 @@ class _Link:
     ending: bool = False
 
 
-async def greet(stream: Stream, own: Hello) -> Hello:
+async def greet(stream: Stream, own: Hello) -> Peer:
     """Swaps Hellos. Raises Incompatible, Itself, Twin, RemoteProtocolError or StreamLost."""
     message: Message | None = None
+    reader = FrameReader(stream)
     with trio.move_on_after(GREETING_S):
         await send_frame(stream, own)
-        message, _ = await FrameReader(stream).message(timeout_s=GREETING_S)
+        message, _ = await reader.message(timeout_s=GREETING_S)
     match message:
         case Hello():
             if message.member.node != stream.peer:
@@ -98,7 +108,7 @@ async def greet(stream: Stream, own: Hello) -> Hello:
                 if message.instance != own.instance and older:
                     raise Twin(stream.host)
                 raise Itself("this address leads back to this node")
-            return message
+            return Peer(stream, reader, message)
         case OtherVersion():
             reason = version_refusal(message.protocol, own.protocol)
             told = version_refusal(own.protocol, message.protocol)
@@ -119,7 +129,7 @@ async def dial(
     *,
     wanted: NodeId | None = None,
     proved_host: str = "",
-) -> tuple[Stream, Hello]:
+) -> Peer:
     """Tries all addresses, a little apart, `proved_host` first; the first that greets wins.
 
     If all of `proved_host` refuse, nothing else is waited for. Raises what the most telling failure
@@ -127,7 +137,7 @@ async def dial(
     """
     addresses = sorted(addresses, key=lambda address: address.host != proved_host)
     proofs = sum(address.host == proved_host for address in addresses)
-    winner: tuple[Stream, Hello] | None = None
+    winner: Peer | None = None
     failures: list[MeshError] = []
 
     async def attempt(address: Address, delay_s: float, scope: trio.CancelScope) -> None:
@@ -143,7 +153,7 @@ async def dial(
                     scope.cancel()
             return
         try:
-            hello = await greet(stream, own)
+            peer = await greet(stream, own)
             if wanted is not None and stream.peer != wanted:
                 raise StreamLost("another node listens there now")
         except MeshError as error:
@@ -156,7 +166,7 @@ async def dial(
             if winner is not None:
                 await stream.aclose()
                 return
-            winner = stream, hello
+            winner = peer
             scope.cancel()
 
     async with trio.open_nursery() as nursery:
@@ -184,8 +194,9 @@ class Links:
         self.dropped = 0
         """messages that did not fit into a slow peer's outbox"""
 
-    async def run(self, stream: Stream, hello: Hello, contact: str | None) -> None:
-        """Lives as long as a greeted control connection. Closes the stream."""
+    async def run(self, peer: Peer, contact: str | None) -> None:
+        """Lives as long as a control connection. Closes its stream."""
+        stream = peer.stream
         self._next += 1
         number = self._next
         put, take = trio.open_memory_channel[ControlMessage](OUTBOX_LIMIT)
@@ -196,7 +207,7 @@ class Links:
                 ev.PeerConnected(
                     node=stream.peer,
                     connection=number,
-                    hello=hello,
+                    hello=peer.hello,
                     contact=contact,
                     host=stream.host,
                 )
@@ -204,7 +215,7 @@ class Links:
             with link.scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, link, take)
-                    await self._read(number, link)
+                    await self._read(number, link, peer.reader)
         finally:
             del self._links[number]
             self._closed.set()
@@ -259,8 +270,7 @@ class Links:
             link.reason = link.reason or str(error)
         link.scope.cancel()
 
-    async def _read(self, number: int, link: _Link) -> None:
-        reader = FrameReader(link.stream)
+    async def _read(self, number: int, link: _Link, reader: FrameReader) -> None:
         try:
             while True:
                 message, _ = await reader.message(timeout_s=SILENT_S)

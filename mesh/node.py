@@ -41,7 +41,7 @@ from mesh.errors import (
 )
 from mesh.frames import send_frame
 from mesh.initiator import Initiator
-from mesh.links import Incompatible, Itself, Links, Twin, dial, greet
+from mesh.links import Incompatible, Itself, Links, Peer, Twin, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
 from mesh.replica import Replica
 from mesh.responder import Responder
@@ -340,11 +340,11 @@ class Node:
     async def _welcome(self, stream: Stream) -> None:
         """A stream that somebody opened to us: the one place where a connection's end is decided."""
         try:
-            hello = await greet(stream, self._hello(Purpose.CONTROL))
-            if hello.purpose is Purpose.BULK:
-                await self._responder.answer(stream)
+            peer = await greet(stream, self._hello(Purpose.CONTROL))
+            if peer.hello.purpose is Purpose.BULK:
+                await self._responder.answer(stream, peer.reader)
             else:
-                await self._links.run(stream, hello, None)
+                await self._links.run(peer, None)
         except Incompatible as error:
             await self._report_incompatible(error, None)
         except Twin as error:
@@ -359,7 +359,7 @@ class Node:
     async def _dial(self, effect: ev.Dial) -> None:
         refused, itself = False, False
         try:
-            stream, hello = await dial(
+            peer = await dial(
                 self._transport,
                 effect.addresses,
                 self._hello(Purpose.CONTROL),
@@ -379,7 +379,7 @@ class Node:
                 )
             )
             return
-        await self._links.run(stream, hello, effect.contact)
+        await self._links.run(peer, effect.contact)
 
     async def _report_incompatible(self, error: Incompatible, contact: str | None) -> None:
         await self._put.send(
@@ -388,12 +388,9 @@ class Node:
             )
         )
 
-    async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Stream:
+    async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Peer:
         """Raises StreamLost also where only somebody else answers, or this node itself."""
         try:
-            stream, _ = await dial(
-                self._transport, addresses, self._hello(Purpose.BULK), wanted=peer
-            )
+            return await dial(self._transport, addresses, self._hello(Purpose.BULK), wanted=peer)
         except (IdentityError, Incompatible, Itself, Twin) as error:
             raise StreamLost(str(error)) from None
-        return stream

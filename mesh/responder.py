@@ -59,7 +59,7 @@ class Responder:
         self._refused = refused
         self._answering: dict[NodeId, list[trio.CancelScope]] = {}
 
-    async def answer(self, stream: Stream) -> None:
+    async def answer(self, stream: Stream, reader: FrameReader) -> None:
         """Answers one peer's exchanges until its connection ends."""
         peer = stream.peer
         mine = self._answering.get(peer, [])
@@ -70,7 +70,7 @@ class Responder:
         with trio.CancelScope() as scope:
             self._answering.setdefault(peer, mine).append(scope)
             try:
-                await self._answer(stream)
+                await self._answer(stream, reader)
             finally:
                 mine.remove(scope)
                 if not mine:
@@ -81,8 +81,7 @@ class Responder:
         for scope in self._answering.get(peer, []):
             scope.cancel()
 
-    async def _answer(self, stream: Stream) -> None:
-        reader = FrameReader(stream)
+    async def _answer(self, stream: Stream, reader: FrameReader) -> None:
         opened: tuple[Run, OpenExchange] | None = None
         refused: int | None = None
         while True:

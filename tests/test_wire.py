@@ -408,12 +408,12 @@ class Replay:
     peer, remote = NodeId("aaaaaaaa"), "replay"
 
     def __init__(self, data):
-        self.left = data
+        self.left = memoryview(data)
 
-    async def send_all(self, data):
+    async def send_all(self, data, timeout_s=None):
         raise AssertionError
 
-    async def receive_into(self, view):
+    async def receive_into(self, view, timeout_s=None):
         if not self.left:
             await trio.sleep_forever()
         piece, self.left = self.left[: len(view)], self.left[len(view) :]
@@ -429,7 +429,7 @@ class Replay:
 )
 def test_a_frame_longer_than_the_limit_is_refused_before_anything_is_allocated(lengths):
     async def main():
-        stream = Replay(struct.pack(">II", *lengths) + b"x" * 100)
+        stream = Replay(struct.pack(">II", *lengths) + b"x" * 200_000)
         reader = FrameReader(stream)
         tracemalloc.start()
         try:
@@ -440,18 +440,51 @@ def test_a_frame_longer_than_the_limit_is_refused_before_anything_is_allocated(l
             tracemalloc.stop()
 
     unread, peak = trio.run(main)
-    assert unread == 100, "something was read for it"
+    assert unread >= 200_000 - wire.HEADER_LIMIT_BYTES, "more than its one buffer was read"
     assert peak < SMALL_BYTES
 
 
 def test_a_body_where_none_belongs_is_refused_before_it_is_read():
     async def main():
-        stream = Replay(wire.encode(Ping(sequence=1, table=0), body_bytes=100) + b"x" * 100)
+        stream = Replay(wire.encode(Ping(sequence=1, table=0), body_bytes=100) + b"x" * 200_000)
         with pytest.raises(RemoteProtocolError, match="body"):
             await FrameReader(stream).message(timeout_s=60)
         return stream.left
 
-    assert len(trio.run(main)) > 100
+    assert len(trio.run(main)) >= 200_000 - wire.HEADER_LIMIT_BYTES
+
+
+def test_frames_and_bodies_are_whole_however_the_stream_cuts_them():
+    """Three frames behind each other, brought in pieces of every length."""
+    frames = [
+        (Fragment(exchange=1, index=0, received=0), bytes(range(256)) * 40),
+        (Ping(sequence=7, table=9), b""),
+        (Delta(exchange=1, index=0, halved=True), b"y" * 3),
+    ]
+    data = b"".join(wire.encode(message, len(body)) + body for message, body in frames)
+
+    class Pieces(Replay):
+        async def receive_into(self, view, timeout_s=None):
+            return await super().receive_into(view[: self.length])
+
+    async def main(length, drop):
+        stream = Pieces(data)
+        stream.length = length
+        reader, found = FrameReader(stream), []
+        for _ in frames:
+            message, count = await reader.message(timeout_s=60, bodies=True)
+            body = bytearray(count)
+            if drop:
+                await reader.drop_body(count, timeout_s=60)
+            else:
+                await reader.body(memoryview(body), timeout_s=60)
+            found.append((message, bytes(body)))
+        assert reader.received_bytes == len(data)
+        return found
+
+    for length in (1, 2, 7, 8, 9, 100, 5000, 20_000):
+        assert trio.run(main, length, False) == frames
+        assert [m for m, _ in trio.run(main, length, True)] == [m for m, _ in frames]
 
 
 def test_a_stream_of_random_bytes_ends_in_a_refusal():

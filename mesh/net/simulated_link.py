@@ -18,7 +18,7 @@ from typing import Final
 import trio
 
 from mesh.core.messages import NodeId
-from mesh.errors import StreamLost
+from mesh.errors import PeerTimeout, StreamLost
 from mesh.net.simulated_medium import Medium, Process
 
 BUFFER_BYTES: Final = 256 * 1024
@@ -81,25 +81,29 @@ class SimulatedStream:
 
     # ------------------------------------------------------------------------------- as a Stream
 
-    async def send_all(self, data: bytes | memoryview) -> None:
+    async def send_all(self, data: bytes | memoryview, timeout_s: float = inf) -> None:
         self._medium.enter(self._process)
         view = memoryview(bytes(data))
         await self._process.awake()
         self._check()
         while len(view):
             if self._held >= BUFFER_BYTES:
-                with trio.CancelScope(deadline=self._over_at) as self._writer:
+                write_by = trio.current_time() + timeout_s
+                with trio.CancelScope(deadline=min(self._over_at, write_by)) as self._writer:
                     await trio.sleep_forever()
                 self._writer = None
                 await self._process.awake()
+                if self._held >= BUFFER_BYTES and trio.current_time() >= write_by:
+                    raise PeerTimeout(f"nothing was taken for {timeout_s:g} s")
             else:
                 piece, view = view[:PIECE_BYTES], view[PIECE_BYTES:]
                 self._send(piece)
             self._check()
 
-    async def receive_into(self, view: memoryview) -> int:
+    async def receive_into(self, view: memoryview, timeout_s: float = inf) -> int:
         self._medium.enter(self._process)
         pieces = self._other._sent
+        read_by = trio.current_time() + timeout_s
         while True:
             await self._process.awake()
             if self._closed or self._process.gone:
@@ -110,7 +114,9 @@ class SimulatedStream:
                 return self._take(view)
             if over_at <= now:
                 raise StreamLost("connection lost")
-            with trio.CancelScope(deadline=min(next_at, over_at)) as self._reader:
+            if read_by <= now:
+                raise PeerTimeout(f"nothing came for {timeout_s:g} s")
+            with trio.CancelScope(deadline=min(next_at, over_at, read_by)) as self._reader:
                 await trio.sleep_forever()
             self._reader = None
 

@@ -8,6 +8,7 @@ A stream's trip: accept or connect -> _handshake -> TlsStream with the peer's no
 
 import contextlib
 import errno
+import math
 import os
 import socket
 import ssl
@@ -22,7 +23,14 @@ from mesh.core.address import Address
 from mesh.core.messages import (
     NodeId,
 )
-from mesh.errors import ConnectionRefused, IdentityError, MeshError, StreamLost, UsageError
+from mesh.errors import (
+    ConnectionRefused,
+    IdentityError,
+    MeshError,
+    PeerTimeout,
+    StreamLost,
+    UsageError,
+)
 from mesh.net.interfaces import interface_names, local_addresses
 from mesh.net.transport import Handler
 from mesh.settings import DEFAULT_PORT
@@ -60,13 +68,14 @@ class TlsStream:
         self.peer = peer
         self.host = host
 
-    async def send_all(self, data: bytes | memoryview) -> None:
+    async def send_all(self, data: bytes | memoryview, timeout_s: float = math.inf) -> None:
         view = memoryview(data).cast("B")
         while len(view):
             try:
                 sent = self._socket.send(view)
             except ssl.SSLWantWriteError:
-                await self._wait(trio.lowlevel.wait_writable)
+                if not await self._wait(trio.lowlevel.wait_writable, timeout_s):
+                    raise PeerTimeout(f"nothing was taken for {timeout_s:g} s") from None
                 continue
             except ssl.SSLWantReadError:
                 await trio.sleep(0.001)  # TLS wants to read first; the receiving task is at it
@@ -76,12 +85,15 @@ class TlsStream:
             view = view[sent:]
             await self._breathe(sent)
 
-    async def receive_into(self, view: memoryview) -> int:
+    async def receive_into(self, view: memoryview, timeout_s: float = math.inf) -> int:
+        in_time = True
         while True:
             try:
                 received = self._socket.recv_into(view)
             except ssl.SSLWantReadError:
-                await self._wait(trio.lowlevel.wait_readable)
+                if not in_time:  # and nothing came while this process was stopped, either
+                    raise PeerTimeout(f"nothing came for {timeout_s:g} s") from None
+                in_time = await self._wait(trio.lowlevel.wait_readable, timeout_s)
                 continue
             except ssl.SSLWantWriteError:
                 await trio.sleep(0.001)
@@ -96,10 +108,14 @@ class TlsStream:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 
-    async def _wait(self, ready: Callable[[ssl.SSLSocket], object]) -> None:
+    async def _wait(self, ready: Callable[[ssl.SSLSocket], object], timeout_s: float) -> bool:
+        """False if it was not ready in time."""
         self._since_yield = 0
         try:
-            await ready(self._socket)  # type: ignore[misc]
+            with trio.move_on_after(timeout_s):
+                await ready(self._socket)  # type: ignore[misc]
+                return True
+            return False
         except (OSError, ValueError, trio.ClosedResourceError) as error:
             raise StreamLost(f"connection lost: {_text(error)}") from None
 

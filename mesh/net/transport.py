@@ -2,6 +2,7 @@
 simulated.py; one test suite runs on both.
 """
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ from mesh.core.messages import (
 
 
 class Stream(Protocol):
-    """An authenticated connection: bytes in order, or StreamLost.
+    """An authenticated connection: bytes in order, or StreamLost (PeerTimeout is one).
 
     One task may send while another receives. A call that is cancelled half-way leaves the stream
     unusable: close it. After aclose() everything raises StreamLost.
@@ -25,11 +26,13 @@ class Stream(Protocol):
     host: str
     """where that is: an address without its port"""
 
-    async def send_all(self, data: bytes | memoryview) -> None:
-        """Returns when the bytes are on their way; `data` may be reused then."""
+    async def send_all(self, data: bytes | memoryview, timeout_s: float = math.inf) -> None:
+        """Returns when the bytes are on their way; `data` may be reused then. Raises PeerTimeout if
+        the other end takes nothing for timeout_s. Lets other tasks run only where it has to wait."""
 
-    async def receive_into(self, view: memoryview) -> int:
-        """Waits for bytes, writes at most len(view) of them; 0 at the end of the stream."""
+    async def receive_into(self, view: memoryview, timeout_s: float = math.inf) -> int:
+        """Waits for bytes, writes at most len(view) of them; 0 at the end of the stream. Raises
+        PeerTimeout if nothing comes for timeout_s; what came is never lost to it."""
 
     async def aclose(self) -> None:
         """Ends the connection at once; never raises."""
