@@ -24,6 +24,13 @@ from mesh.virtual_time import run_seeded
 HEAL_S: Final = 60.0
 """A broken peer is left alone for up to 32 s, a contact is dialled again after up to 30 s."""
 
+TRAININGS: Final = 32
+"""At most: a large mesh is lived for its members; an exchange is between two, however many there are."""
+
+TOGETHER: Final = 64
+GATHER_S: Final = 10.0
+"""More machines than this are not started at one moment, but within so long."""
+
 LOOK_S: Final = 0.25
 AGREED: Final = 1e-3
 """How far replicas may lie apart in the end, as a part of the spread of all that went in."""
@@ -53,7 +60,7 @@ def simulate(
     seed: int,
     *,
     nodes: int = 8,
-    seconds: float = 12.0,
+    seconds: float = 8.0,
     faults: bool = True,
     trace: bool = True,
     trace_to: Callable[[str], None] | None = None,
@@ -144,11 +151,14 @@ class _Life:
 
     def _start(self, mesh: SimulatedMesh, rng: Random, nursery: trio.Nursery) -> None:
         late = rng.random() * 0.5
-        for machine in mesh.machines:
-            if rng.random() < 0.85 or not self._faulty:
+        training = rng.choice((0.3, 0.6, 1.0)) if self._faulty else 1.0
+        for rank, machine in enumerate(mesh.machines):
+            if rank < TRAININGS and rng.random() < training:
                 mesh.add_training(machine, learns=rng.random() < 0.7)
             if self._faulty and rng.random() < late:
                 nursery.start_soon(self._start_late, mesh, machine, rng.uniform(0, self._seconds))
+            elif self._count > TOGETHER:
+                nursery.start_soon(self._start_late, mesh, machine, rng.uniform(0, GATHER_S))
             else:
                 mesh.start(machine)
 

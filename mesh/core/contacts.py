@@ -36,6 +36,9 @@ process that was killed is known to be dead in milliseconds. One a second is wha
 CONTACTS_LIMIT = 1024
 ADDRESSES_LIMIT = 16
 
+LARGE = 32
+"""Members up to which everybody is connected to everybody and hears of everything at once."""
+
 DIAL_BELOW = 8
 CONNECTIONS_LIMIT = 32
 """Control connections in a large mesh. Each node dials 8, so has 16 on average: log n and a few keep
@@ -92,8 +95,22 @@ class Contacts:
         self._rng = rng
         self._contacts: dict[str, Contact] = {}
         self.connections: dict[NodeId, Connection] = {}
-        self.limited = False
-        """whether this is a large mesh: rule 5"""
+        self._large = False
+        self._announced = 0
+        """contacts that mDNS showed"""
+        self._deadline: float | None = math.inf
+        """when the next contact is due; None: something changed, look again"""
+
+    @property
+    def limited(self) -> bool:
+        """Whether this is a large mesh: rule 5. The table may not know yet what mDNS shows: a
+        thousand nodes that start together must not dial each other all at once."""
+        return self._large or self._announced > LARGE
+
+    def count_members(self, living: int) -> None:
+        """How many the table knows."""
+        if self._large is not (living > LARGE):
+            self._large, self._deadline = living > LARGE, None
 
     def suggest(
         self,
@@ -108,6 +125,7 @@ class Contacts:
         """Somebody may listen there: dial at once unless connected or being dialled."""
         if not addresses or node == self._own:
             return
+        self._deadline = None
         key = (node or hint)[:HINT_LENGTH] or str(addresses[0])
         contact = self._contacts.get(key)
         if contact is None:
@@ -115,6 +133,7 @@ class Contacts:
                 return
             contact = Contact(key=key, addresses=(), by_hand=source == "peer", source=source)
             self._contacts[key] = contact
+            self._announced += source == "mdns"
         contact.node = node or contact.node
         contact.wanted |= wanted
         if contact.node is None and hint:
@@ -130,6 +149,9 @@ class Contacts:
 
     def due(self, now: float) -> list[Contact]:
         """Contacts to dial now; each stays `dialling` until connected() or failed()."""
+        if now < self.next_deadline():
+            return []
+        self._deadline = None
         room = self._room()
         due = []
         for contact in self._contacts.values():
@@ -147,12 +169,13 @@ class Contacts:
         contact = self._contacts.get(key)
         if contact is None:
             return None
+        self._deadline = None
         contact.dialling = contact.wanted = False
         contact.attempts += 1
         if itself and contact.node is None:
             contact.attempts = RUMOUR_ATTEMPTS
         if contact.attempts >= RUMOUR_ATTEMPTS and not contact.by_hand:
-            del self._contacts[key]
+            self._remove(key)
             return contact
         contact.dial_at = now + self._back_off(contact)
         return contact
@@ -172,6 +195,7 @@ class Contacts:
 
         Returns whether it is kept, and the one that it replaces, if any.
         """
+        self._deadline = None
         via = "incoming"
         if contact is not None and contact in self._contacts:
             found = self._contacts[contact]
@@ -199,6 +223,7 @@ class Contacts:
         count = len(self.connections) - CONNECTIONS_LIMIT
         if not self.limited or count <= 0:
             return []
+        self._deadline = None
         oldest = sorted(self.connections.items(), key=lambda item: item[1].used_at)[:count]
         for node, _ in oldest:
             del self.connections[node]
@@ -211,6 +236,7 @@ class Contacts:
         if current is None or current.number != number:
             return False
         del self.connections[node]
+        self._deadline = None
         lived = now - current.since >= STEADY_S
         for contact in self._contacts.values():
             if contact.node == node:
@@ -231,26 +257,28 @@ class Contacts:
     def rests(self, key: str, now: float, reason: str) -> None:
         """A contact that answered but cannot be talked to: ask again much later."""
         if key in self._contacts:
+            self._deadline = None
             contact = self._contacts[key]
             contact.dialling, contact.reason = False, reason
             contact.dial_at = now + LAST_RETRY_S
 
     def drop(self, node: NodeId) -> None:
         """Nobody looks for this node any more. What was given by hand stays."""
+        self._deadline = None
         gone = [c.key for c in self._contacts.values() if c.node == node and not c.by_hand]
         for key in gone:
-            del self._contacts[key]
+            self._remove(key)
 
     def next_deadline(self) -> float:
-        room = self._room() > 0
-        return min(
-            (
-                c.dial_at
-                for c in self._contacts.values()
-                if self._wants_dial(c) and (room or self._must(c))
-            ),
-            default=math.inf,
-        )
+        if self._deadline is None:
+            room = self._room() > 0
+            wanted = (c for c in self._contacts.values() if self._wants_dial(c))
+            may = (c.dial_at for c in wanted if room or self._must(c))
+            self._deadline = min(may, default=math.inf)
+        return self._deadline
+
+    def _remove(self, key: str) -> None:
+        self._announced -= self._contacts.pop(key).source == "mdns"
 
     def _back_off(self, contact: Contact) -> float:
         delay: float = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(contact.attempts, 16))

@@ -151,6 +151,11 @@ class Detector:
         self._watches.pop(node, None)
         self._probes = {s: p for s, p in self._probes.items() if p.node != node}
 
+    def watch_only_connected(self) -> None:
+        """In a large mesh those that are not connected here are watched where they are."""
+        for node in [n for n, watch in self._watches.items() if not watch.connected]:
+            self.unwatch(node)
+
     def forget(self, node: NodeId) -> None:
         """It is dead, or left."""
         self.unwatch(node)

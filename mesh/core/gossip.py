@@ -1,21 +1,23 @@
 """Dissemination: how a changed row reaches everybody, and how two tables become one (push/pull).
 
 Rules: 1. What this node found itself goes to every connected peer; what it heard goes on to a few, at
-random. 2. Each probe carries a fingerprint of the sender's table: where the two differ, versions are
+random; but in a mesh where everybody is connected to everybody, what a node says of itself it has said
+to all. 2. Each probe carries a fingerprint of the sender's table: where the two differ, versions are
 swapped and then the rows that either side lacks, on every connect and at every later probe. So whatever
 news missed arrives with the next probe, and two large tables that agree cost eight bytes to compare.
 3. In a large mesh newcomers' rows travel by rule 2 only: a thousand nodes that start together would
 send each other three million rumours.
 
-A row's trip: found or heard -> news() -> Members -> the peer's merge(); or Ping -> Ack with another
+A row's trip: found -> news(), or heard -> pass_on() -> Members -> the peer's merge(); or Ping -> Ack with another
 fingerprint -> compare() -> Versions -> answer() -> Members and Wanted -> Members.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 
 from mesh.core import events as ev
-from mesh.core.contacts import Connection
+from mesh.core.contacts import LARGE, Connection
 from mesh.core.membership import Membership
 from mesh.core.messages import (
     ControlMessage,
@@ -29,8 +31,13 @@ from mesh.core.messages import (
 FANOUT = 3
 """Peers that hear a passed-on row, as memberlist's GossipNodes."""
 
-LARGE = 32
-"""Members up to which everybody is connected to everybody and hears of everything at once."""
+GOSSIP_S = 0.2
+"""In a large mesh what was heard is passed on together, this often (memberlist's GossipInterval): a
+node's messages do not grow with the number of those that publish."""
+
+COMPARE_S = 0.5
+"""In a large mesh, between two push/pulls that a node begins: a newcomer with eight connections would
+ask for the same thousand rows eight times."""
 
 ROWS_PER_MESSAGE = 32
 PAGE_BYTES = 48 * 1024
@@ -69,6 +76,10 @@ class Gossip:
         self._membership = membership
         self._connections = connections
         self._rng = rng
+        self._heard: dict[NodeId, None] = {}
+        """whose rows are to be passed on, in a large mesh"""
+        self._pass_on_at = math.inf
+        self._compare_at = -math.inf
 
     @property
     def large(self) -> bool:
@@ -82,28 +93,41 @@ class Gossip:
             return []
         return [ev.Send(connection=connection.number, message=message) for message in messages]
 
-    def news(
-        self,
-        rows: Sequence[Member],
-        *,
-        source: NodeId | None = None,
-        newcomers: Iterable[NodeId] = (),
+    def news(self, rows: Sequence[Member]) -> list[ev.Effect]:
+        """Tells every connected peer what this node found itself."""
+        return self._tell(rows, sorted(self._connections))
+
+    def pass_on(
+        self, rows: Sequence[Member], source: NodeId, newcomers: Iterable[NodeId], now: float
     ) -> list[ev.Effect]:
-        """Passes changed rows on: those heard from `source` to a few, this node's own to all."""
-        if self.large:
-            left_out = set(newcomers)
-            rows = [row for row in rows if row.node not in left_out]
-        if not rows:
+        """Tells a few of what was heard from `source`; in a large mesh a little later."""
+        if not self.large:
+            rows = [row for row in rows if row.node != source]
+            return self._tell(rows, self._few(source))
+        left_out = set(newcomers)
+        self._heard.update((row.node, None) for row in rows if row.node not in left_out)
+        if self._heard and self._pass_on_at == math.inf:
+            self._pass_on_at = now + GOSSIP_S
+        return []
+
+    def next_deadline(self) -> float:
+        return self._pass_on_at
+
+    def on_deadline(self, now: float) -> list[ev.Effect]:
+        """Passes on what was heard since the last time."""
+        if now < self._pass_on_at:
             return []
-        effects: list[ev.Effect] = []
-        for node in self._listeners(source):
-            effects += self.send(node, *pages(rows))
-        return effects
+        others = self._membership.others
+        rows = [others[node] for node in self._heard if node in others]
+        self._heard, self._pass_on_at = {}, math.inf
+        return self._tell(rows, self._few(None))
 
     def compare(self, node: NodeId, table: int, now: float) -> list[ev.Effect]:
         """A peer's fingerprint arrived: where it is not ours, begins a push/pull."""
-        if table == self._membership.fingerprint:
+        if table == self._membership.fingerprint or now < self._compare_at:
             return []
+        if self.large:
+            self._compare_at = now + COMPARE_S
         return self.send(node, Versions(versions=self._membership.versions(now)))
 
     def answer(self, node: NodeId, message: Versions | Wanted, now: float) -> list[ev.Effect]:
@@ -114,8 +138,10 @@ class Gossip:
         effects = self.send(node, *pages(lacked))
         return effects + (self.send(node, Wanted(versions=wanted)) if wanted else [])
 
-    def _listeners(self, source: NodeId | None) -> list[NodeId]:
+    def _few(self, source: NodeId | None) -> list[NodeId]:
         others = sorted(node for node in self._connections if node != source)
-        if source is None or len(others) <= FANOUT:
-            return others
-        return self._rng.sample(others, FANOUT)
+        return self._rng.sample(others, min(FANOUT, len(others)))
+
+    def _tell(self, rows: Sequence[Member], listeners: Iterable[NodeId]) -> list[ev.Effect]:
+        messages = pages(rows)
+        return [effect for node in listeners for effect in self.send(node, *messages)]

@@ -50,6 +50,7 @@ class Peers:
         return min(
             self.contacts.next_deadline(),
             self.detector.next_deadline(),
+            self.gossip.next_deadline(),
             self.twins.next_deadline(),
             self._search_at,
         )
@@ -61,12 +62,12 @@ class Peers:
 
     def on_deadline(self, now: float) -> list[ev.Effect]:
         findings = self.detector.on_deadline(now, self.membership.fingerprint)
-        effects = self.found(findings, now)
+        effects = self.found(findings, now) + self.gossip.on_deadline(now)
         for check in self.twins.due(now):
             effects.append(ev.Hangup(connection=check.old.number, reason=REPLACED))
         if now >= self._search_at:
             self._search(now)
-        self.contacts.limited = self.gossip.large
+        self.contacts.count_members(self.membership.living)
         for contact in self.contacts.due(now):
             effects.append(
                 ev.Dial(contact=contact.key, addresses=contact.addresses, proved_host=contact.host)
@@ -80,7 +81,7 @@ class Peers:
         if event.hint and self._me.startswith(event.hint):
             # Our own announcement; or, from elsewhere, that of a copy of this node.
             addresses = tuple(a for a in addresses if a not in self.membership.own.addresses)
-        enough = self.gossip.large and len(self.contacts.connections) >= DIAL_BELOW
+        enough = self.contacts.limited and len(self.contacts.connections) >= DIAL_BELOW
         if event.source == "peer" or not enough:
             self.contacts.suggest(addresses, now, source=event.source, hint=event.hint)
 
@@ -134,10 +135,11 @@ class Peers:
             contact.reason = event.reason
             effects.append(ev.Note(text=f"peer {contact.addresses[0]}: {event.reason}"))
         member = self.membership.others.get(contact.node) if contact.node else None
-        if event.refused and member is not None and member.state <= State.SUSPECT:
-            self.detector.watch(member.node, now)
-            found = self.detector.refused(member.node, now, event.reason)
-            effects += self.found(found, now)
+        if member is not None and member.state <= State.SUSPECT:
+            self.detector.watch(member.node, now)  # others are asked whether they reach it
+            if event.refused:
+                found = self.detector.refused(member.node, now, event.reason)
+                effects += self.found(found, now)
         return effects
 
     def incompatible(self, event: ev.PeerIncompatible, now: float) -> list[ev.Effect]:
@@ -169,6 +171,8 @@ class Peers:
         self._search_at = now + SEARCH_S
         for node in self.membership.expire(now):
             self.reasons.pop(node, None)
+        if self.gossip.large:
+            self.detector.watch_only_connected()
         others = self.membership.others.values()
         missing = [m for m in others if m.node not in self.contacts.connections]
         living = [m for m in missing if m.state <= State.SUSPECT]
@@ -181,7 +185,7 @@ class Peers:
 
     def _look_for(self, member: Member, now: float, *, wanted: bool) -> None:
         """Dials a member, and finds out from others about it meanwhile if it should live."""
-        if member.state <= State.SUSPECT:
+        if member.state <= State.SUSPECT and not self.gossip.large:
             self.detector.watch(member.node, now)
         self.contacts.suggest(
             member.addresses, now, source="member", node=member.node, wanted=wanted
@@ -278,7 +282,7 @@ class Peers:
             news = news[1:]
         for row in news:
             effects += self._row_changed(row, now)
-        return effects + self.gossip.news(news, source=source, newcomers=newcomers)
+        return effects + self.gossip.pass_on(news, source, newcomers, now)
 
     def _row_changed(self, row: Member, now: float) -> list[ev.Effect]:
         self._news.append(row)
