@@ -258,8 +258,8 @@ class Detector:
         suspicion = self._suspicions.get(row.node)
         if suspicion is None or suspicion.incarnation != row.incarnation:
             self._suspicions[row.node] = suspicion_of(row, living, now)
-        else:
-            suspicion.accusers = len(row.accusers)
+        elif suspicion.accusers != len(row.accusers):
+            suspicion.accusers, suspicion.confirmed_at = len(row.accusers), now
         watch = self._watches.get(row.node)
         if watch is None or now - watch.heard_at < PROBE_TIMEOUT_S:
             return []

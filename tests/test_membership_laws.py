@@ -1,0 +1,172 @@
+"""What holds of the member table and the detector whatever comes, in whatever order."""
+
+from functools import reduce
+from operator import xor
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh.core import events as ev
+from mesh.core import membership
+from mesh.core.address import Address
+from mesh.core.detector import Detector, Gone
+from mesh.core.membership import KEEP_ENDED_S, TELL_ENDED_S, Membership, version
+from mesh.core.messages import ACCUSERS_LIMIT, Member, NodeId, State
+
+ME = NodeId("m" * 16)
+NODES = [NodeId(letter * 16) for letter in "abcd"]
+ACCUSERS = [NodeId(f"accuser{k}") for k in range(7)]
+
+
+@st.composite
+def rows(draw, nodes=tuple(NODES)):
+    """Rows as the wire lets them pass."""
+    state = draw(st.sampled_from(State))
+    accusers = draw(st.sets(st.sampled_from(ACCUSERS), max_size=ACCUSERS_LIMIT))
+    return Member(
+        node=draw(st.sampled_from(nodes)),
+        name=draw(st.sampled_from(("one", "two"))),
+        incarnation=draw(st.integers(0, 2)),
+        state=state,
+        addresses=(Address("10.0.0.1", draw(st.sampled_from((1000, 1001)))),),
+        runs=(),
+        accusers=tuple(sorted(accusers)) if state is State.SUSPECT else (),
+    )
+
+
+def own():
+    return Member(
+        node=ME, name="me", incarnation=0, state=State.ALIVE, addresses=(), runs=(), accusers=()
+    )
+
+
+def table(*pages):
+    made = Membership(own())
+    for page in pages:
+        made.merge(page)
+    return made
+
+
+def check_books(made):
+    """What a table counts is what its rows say."""
+    all_rows = [made.own, *made.others.values()]
+    living = [row for row in all_rows if row.state <= State.SUSPECT or row.node == ME]
+    assert made.living == len(living)
+    assert made.fingerprint == reduce(xor, (version(row) for row in living))
+    assert made._versions == {row.node: version(row) for row in all_rows}
+    assert set(made._ended_at) == {r.node for r in made.others.values() if r.state > State.SUSPECT}
+
+
+# ------------------------------------------------------------------------------------------ laws
+
+pages = st.lists(rows(), max_size=12)
+
+
+@given(st.permutations(range(3)), st.lists(pages, min_size=3, max_size=3))
+@settings(deadline=None)
+def test_tables_do_not_depend_on_the_order_in_which_rows_came(order, given_pages):
+    """Commutative and associative: pages in any order, and other tables' sums of them."""
+    straight = table(*given_pages)
+    assert table(*(given_pages[k] for k in order)).others == straight.others
+    first, second, third = given_pages
+    sums = table(second, third).others.values()
+    assert table(first, sums).others == straight.others
+    check_books(straight)
+
+
+@given(pages)
+def test_what_was_merged_once_is_no_news_again(given_rows):
+    made = table(given_rows)
+    before = dict(made.others), made.fingerprint
+    assert made.merge(given_rows) == []
+    assert made.merge(list(made.others.values())) == []
+    assert (dict(made.others), made.fingerprint) == before
+
+
+@given(pages, pages)
+def test_after_one_comparison_of_versions_two_tables_are_one(mine, theirs):
+    one, other = table(mine), table(theirs)
+    lacked, wanted = other.compare(one.versions(0.0), 0.0)
+    one.merge(lacked)
+    other.merge(one.rows_of(wanted, 0.0))
+    assert one.others == other.others
+    assert one.fingerprint == other.fingerprint
+
+
+steps = st.one_of(
+    st.tuples(st.just("merge"), st.lists(rows((*NODES, ME)), max_size=4)),
+    st.tuples(st.just("declare"), st.sampled_from(NODES), st.sampled_from(State)),
+    st.tuples(st.just("expire")),
+    st.tuples(st.just("publish")),
+    st.tuples(st.just("wait"), st.sampled_from((1.0, TELL_ENDED_S, KEEP_ENDED_S))),
+)
+
+
+@given(st.lists(steps, max_size=40), st.sampled_from((2, 3, 100)))
+@settings(deadline=None)
+def test_the_books_of_a_table_are_right_after_anything(given_steps, limit):
+    made, now = Membership(own()), 0.0
+    whole, membership.MEMBERS_LIMIT = membership.MEMBERS_LIMIT, limit
+    try:
+        for step in given_steps:
+            match step:
+                case ("merge", given_rows):
+                    made.merge(given_rows, now)
+                case ("declare", node, state):
+                    made.declare(node, state, now)
+                case ("expire",):
+                    made.expire(now)
+                case ("publish",):
+                    made.publish()
+                case ("wait", seconds):
+                    now += seconds
+            check_books(made)
+            assert len(made.others) <= limit
+    finally:
+        membership.MEMBERS_LIMIT = whole
+
+
+# -------------------------------------------------------------------------------------- detector
+
+
+def suspect(*accusers):
+    return Member(
+        node=NODES[3],
+        name="dddd",
+        incarnation=1,
+        state=State.SUSPECT,
+        addresses=(),
+        runs=(),
+        accusers=accusers,
+    )
+
+
+def quiet_detector():
+    """One that watches four and whose own probes are far away."""
+    detector = Detector(Random(1))
+    for node in NODES:
+        detector.connected(node, 0.0, 0, dialled=False)
+    detector._probe_at = 1e6
+    return detector
+
+
+def test_a_confirmation_that_comes_late_is_no_sign_that_this_nodes_loop_was_late():
+    detector = quiet_detector()
+    detector.suspected(suspect(ACCUSERS[0]), 5, 0.0, 0)
+    detector._probes.clear()
+    late = suspect(*ACCUSERS[:3])
+    detector.suspected(late, 5, 5.9, 0)
+    detector._probes.clear()
+    assert detector.next_deadline() == 5.9
+    assert detector.on_deadline(5.9, 0) == [Gone(node=late.node, reason="silent: 3 members say so")]
+    assert detector.health.score == 0
+
+
+def test_who_was_heard_since_it_was_accused_lives_however_late_it_is_confirmed():
+    detector = quiet_detector()
+    detector.suspected(suspect(ACCUSERS[0]), 5, 0.0, 0)
+    detector.heard(NODES[3], 2.5)
+    detector.suspected(suspect(*ACCUSERS[:4]), 5, 5.9, 0)
+    detector._probes.clear()
+    assert detector.on_deadline(5.9, 0) == []
