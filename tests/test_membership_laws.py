@@ -1,5 +1,6 @@
 """What holds of the member table and the detector whatever comes, in whatever order."""
 
+from dataclasses import replace
 from functools import reduce
 from operator import xor
 from random import Random
@@ -11,8 +12,15 @@ from mesh.core import events as ev
 from mesh.core import membership
 from mesh.core.address import Address
 from mesh.core.detector import Detector, Gone
-from mesh.core.membership import KEEP_ENDED_S, TELL_ENDED_S, Membership, version
-from mesh.core.messages import ACCUSERS_LIMIT, Member, NodeId, State
+from mesh.core.membership import (
+    KEEP_ENDED_S,
+    MEMBERS_LIMIT,
+    TELL_ENDED_S,
+    Membership,
+    version,
+)
+from mesh.core.messages import ACCUSERS_LIMIT, Member, Members, NodeId, State
+from tests.test_detector import Wires, joined
 
 ME = NodeId("m" * 16)
 NODES = [NodeId(letter * 16) for letter in "abcd"]
@@ -170,3 +178,33 @@ def test_who_was_heard_since_it_was_accused_lives_however_late_it_is_confirmed()
     detector.suspected(suspect(*ACCUSERS[:4]), 5, 5.9, 0)
     detector._probes.clear()
     assert detector.on_deadline(5.9, 0) == []
+
+
+# ----------------------------------------------------------------------------------- whole cores
+
+
+def alive(node, incarnation=1):
+    return replace(suspect(), node=node, incarnation=incarnation, state=State.ALIVE)
+
+
+def received(core, node, message, now):
+    """What `core` does with a message over the connection that it has to `node`."""
+    number = core.peers.contacts.connections[node].number
+    return core.handle(ev.Received(node=node, connection=number, message=message), now)
+
+
+def test_after_a_long_partition_a_death_that_is_told_no_more_reaches_who_takes_it_for_life():
+    """And so the member itself, which refutes: its own connection to who calls it dead may never be."""
+    here, there, lives = NODES[:3]
+    wires = Wires(here, there, lives)
+    wires.connect(here, there)
+    wires.connect(there, lives)
+    wires.run(3.0)
+    mine = wires.cores[here].peers
+    mine.membership.declare(lives, State.DEAD, wires.now)
+    mine.detector.forget(lives)
+    mine.membership._ended_at[lives] = wires.now - TELL_ENDED_S - 1
+    wires.run(wires.now + 10.0)
+    assert wires.states(here)[lives] == wires.states(there)[lives] == "alive"
+    assert wires.cores[lives].own.incarnation > 1
+    assert len({core.peers.membership.fingerprint for core in wires.cores.values()}) == 1

@@ -268,9 +268,12 @@ class Peers:
         rows = tuple(rows)
         newcomers = [row.node for row in rows if row.node not in self.membership.others]
         news = self.membership.merge(rows, now)
+        # Who is dead here and alive there: a death is told for a while only, so this is how two
+        # tables agree later, and how the member itself comes to hear of it and refutes.
+        zombies = [row for r in rows if (row := self.membership.ended(r)) is not None]
+        effects = self.gossip.send(source, *pages(zombies))
         if not news:
-            return []
-        effects: list[ev.Effect] = []
+            return effects
         if news[0].node == self._me:
             # Refuted; to be suspected is a sign of being slow (Lifeguard).
             self.detector.health.change(+1)
