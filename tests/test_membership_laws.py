@@ -208,3 +208,15 @@ def test_after_a_long_partition_a_death_that_is_told_no_more_reaches_who_takes_i
     assert wires.states(here)[lives] == wires.states(there)[lives] == "alive"
     assert wires.cores[lives].own.incarnation > 1
     assert len({core.peers.membership.fingerprint for core in wires.cores.values()}) == 1
+
+
+def test_invented_deaths_take_no_more_room_than_the_table_has():
+    wires = joined(*NODES[:2])
+    core = wires.cores[NODES[0]]
+    for page in range(140):
+        invented = tuple(
+            replace(alive(NodeId(f"fake{page:04}{k:04}")), state=State.DEAD) for k in range(32)
+        )
+        received(core, NODES[1], Members(members=invented), wires.now)
+    assert len(core.peers.membership.others) == MEMBERS_LIMIT
+    assert len(core.peers.reasons) <= MEMBERS_LIMIT

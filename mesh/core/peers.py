@@ -281,6 +281,10 @@ class Peers:
             news = news[1:]
         for row in news:
             effects += self._row_changed(row, now)
+        if len(self.reasons) > len(self.membership.others):
+            # A full table forgets who ended first: inventions must not outlive their rows here.
+            known = self.membership.others
+            self.reasons = {node: why for node, why in self.reasons.items() if node in known}
         return effects + self.gossip.news(news, source=source, newcomers=newcomers)
 
     def _row_changed(self, row: Member, now: float) -> list[ev.Effect]:
