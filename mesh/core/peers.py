@@ -160,7 +160,11 @@ class Peers:
             self.contacts.drop(event.node)
             self.detector.unwatch(event.node)
         else:
-            self.contacts.suggest(member.addresses, now, source="member", node=event.node)
+            # Not told to go: in a large mesh as well it is dialled at once, or a killed process would
+            # take seconds to be dead and a living one would be probed through others for ever.
+            self.contacts.suggest(
+                member.addresses, now, source="member", node=event.node, wanted=not event.told
+            )
         return []
 
     def _search(self, now: float) -> None:
