@@ -213,8 +213,9 @@ class Peers:
 
     def _silent(self, node: NodeId, now: float) -> list[ev.Effect]:
         member = self.membership.others.get(node)
-        if member is not None and member.state >= State.DEAD:
-            # Others knew before; a connection that is open here is only half of one.
+        if member is None or member.state >= State.DEAD:
+            # Others knew before; a connection that is open here is only half of one. Or the table
+            # is full of others.
             self.detector.forget(node)
             return [ev.Abandon(node=node)]
         row = self.membership.declare(node, State.SUSPECT, now)
