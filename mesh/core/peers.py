@@ -250,8 +250,11 @@ class Peers:
         """Two processes with one identity live; the younger is told to go."""
         younger = check.younger
         older = check.old if younger is check.new else check.new
-        if self.contacts.connections.get(check.node) is younger:
-            self.contacts.connections[check.node] = older
+        used = self.contacts.connections.get(check.node)
+        if used is younger:
+            self.contacts.connections[check.node] = used = older
+        # If the younger has gone meanwhile nobody listens to the older here: it has to come again.
+        orphans = [] if used is older else [ev.Hangup(connection=older.number, reason=REPLACED)]
         where = f"{check.old.host} and {check.new.host}"
         text = f"{short(check.node)} runs twice, at {where}: a copied state directory"
         row = self.membership.others.get(check.node)
@@ -264,6 +267,7 @@ class Peers:
             ),
             ev.Send(connection=younger.number, message=IdentityTaken(host=older.host)),
             ev.Hangup(connection=younger.number, reason=taken(older.host)),
+            *orphans,
         ]
 
     # ----------------------------------------------------------------------------------- rows
