@@ -266,8 +266,11 @@ class Detector:
         return self._probe(row.node, now, table)  # to confirm it, or to know better
 
     def cleared(self, node: NodeId) -> None:
-        """The suspect refuted."""
+        """It refuted, or began again: that its last process was refused says nothing of this one."""
         self._suspicions.pop(node, None)
+        for sequence, probe in self._probes_of(node):
+            if probe.refused:
+                del self._probes[sequence]
 
     # ------------------------------------------------------------------------------- deadlines
 
