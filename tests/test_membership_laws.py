@@ -1,5 +1,6 @@
 """What holds of the member table and the detector whatever comes, in whatever order."""
 
+import math
 from dataclasses import replace
 from functools import reduce
 from operator import xor
@@ -19,8 +20,9 @@ from mesh.core.membership import (
     Membership,
     version,
 )
-from mesh.core.messages import ACCUSERS_LIMIT, Member, Members, NodeId, State
-from tests.test_detector import Wires, joined
+from mesh.core.messages import ACCUSERS_LIMIT, Ack, Member, Members, NodeId, State, Verdict
+from mesh.core.protocol import MeshProtocol
+from tests.test_detector import Wires, hello, joined
 
 ME = NodeId("m" * 16)
 NODES = [NodeId(letter * 16) for letter in "abcd"]
@@ -144,7 +146,7 @@ def suspect(*accusers):
         name="dddd",
         incarnation=1,
         state=State.SUSPECT,
-        addresses=(),
+        addresses=(Address("10.0.0.1", 1000),),
         runs=(),
         accusers=accusers,
     )
@@ -220,3 +222,58 @@ def test_invented_deaths_take_no_more_room_than_the_table_has():
         received(core, NODES[1], Members(members=invented), wires.now)
     assert len(core.peers.membership.others) == MEMBERS_LIMIT
     assert len(core.peers.reasons) <= MEMBERS_LIMIT
+
+
+def test_in_a_large_mesh_too_a_lost_connection_is_dialled_at_once_and_one_given_up_is_not():
+    others = [NodeId(f"node{k:04}" + "a" * 8) for k in range(60)]
+    for told in (False, True):
+        core = MeshProtocol(alive(ME), Random(1))
+        for number, other in enumerate(others[:12], start=1):
+            core.handle(
+                ev.PeerConnected(
+                    node=other, connection=number, hello=hello(other), contact=None, host="10.0.0.9"
+                ),
+                0.0,
+            )
+        received(core, others[0], Members(members=tuple(map(alive, others[12:]))), 0.1)
+        lost = ev.PeerLost(node=others[3], connection=4, reason="end of file", told=told)
+        dials = [e.contact for e in core.handle(lost, 5.0) if isinstance(e, ev.Dial)]
+        assert dials == ([] if told else [others[3]])
+
+
+def test_of_two_processes_with_one_identity_the_older_is_heard_again_when_the_younger_has_gone():
+    core = MeshProtocol(alive(ME), Random(1))
+    copy = NODES[0]
+    effects = []
+    for number, age_ms in ((1, 60_000), (2, 1_000)):
+        connected = ev.PeerConnected(
+            node=copy,
+            connection=number,
+            hello=hello(copy, instance=number, age_ms=age_ms),
+            contact=None,
+        )
+        effects = core.handle(connected, 0.0)
+    [ping] = [e.message for e in effects if isinstance(e, ev.Send) and e.connection == 1]
+    core.handle(ev.PeerLost(node=copy, connection=2, reason="end of file"), 0.05)
+    answer = ev.Received(node=copy, connection=1, message=Ack(sequence=ping.sequence, table=0))
+    effects = core.handle(answer, 0.1)
+    assert 1 in {e.connection for e in effects if isinstance(e, ev.Hangup)}
+
+
+def test_a_process_that_began_again_is_not_called_dead_for_the_one_before():
+    detector = quiet_detector()
+    detector.disconnected(NODES[0])
+    request = detector.refused(NODES[0], 0.0, "refused")[0].message
+    detector.cleared(NODES[0])  # its new row came with the news, before its connection
+    assert detector.reported(request.sequence, Verdict.REFUSED, 0.1) == []
+
+
+def test_who_has_no_row_is_not_watched_for_ever():
+    core = MeshProtocol(alive(ME), Random(1))
+    core.peers.detector.watch(NODES[0], 0.0)
+    now = 0.0
+    while core.next_deadline() < math.inf:
+        now = max(now, core.next_deadline())
+        assert now < 60.0
+        core.on_deadline(now)
+    assert core.peers.detector.silent_for_s(NODES[0], now) is None
