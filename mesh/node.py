@@ -362,7 +362,7 @@ class Node:
             stream, hello = await dial(
                 self._transport,
                 effect.addresses,
-                self._hello(Purpose.CONTROL),
+                partial(self._hello, Purpose.CONTROL),
                 proved_host=effect.proved_host,
             )
         except Incompatible as error:
@@ -392,7 +392,7 @@ class Node:
         """Raises StreamLost also where only somebody else answers, or this node itself."""
         try:
             stream, _ = await dial(
-                self._transport, addresses, self._hello(Purpose.BULK), wanted=peer
+                self._transport, addresses, partial(self._hello, Purpose.BULK), wanted=peer
             )
         except (IdentityError, Incompatible, Itself, Twin) as error:
             raise StreamLost(str(error)) from None
