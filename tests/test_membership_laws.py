@@ -277,3 +277,20 @@ def test_who_has_no_row_is_not_watched_for_ever():
         assert now < 60.0
         core.on_deadline(now)
     assert core.peers.detector.silent_for_s(NODES[0], now) is None
+
+
+def test_where_peers_were_at_the_last_start_is_tried_for_as_long_as_it_takes():
+    """All nodes of both sides of a partition began again in it, and nobody announces himself."""
+    for source, goes_on in (("cache", True), ("mdns", False)):
+        core = MeshProtocol(alive(ME), Random(1))
+        found = ev.CandidateFound(addresses=(Address("10.0.0.1", 1000),), source=source)
+        effects, now, dialled_at = core.handle(found, 0.0), 0.0, -1.0
+        while now < 600.0:
+            for effect in effects:
+                if isinstance(effect, ev.Dial):
+                    dialled_at = now
+                    lost = ev.DialFailed(contact=effect.contact, refused=False, reason="no answer")
+                    core.handle(lost, now)
+            now = max(now, core.next_deadline())
+            effects = core.on_deadline(now)
+        assert (dialled_at > 500.0) is goes_on

@@ -1,8 +1,9 @@
 """Whom to dial, and which connection to keep where two nodes dialled each other.
 
 Rules: 1. A contact is a set of addresses behind which a node may be; its node id, once TLS told it,
-names it. 2. Nobody is dialled while connected. 3. Contacts given by hand are retried for ever with a
-jittered back-off to 30 s, members while the table says alive, rumours a few times. 4. Of two
+names it. 2. Nobody is dialled while connected. 3. Contacts given by hand, and those of the last start,
+are retried for ever with a jittered back-off to 30 s (where mDNS is silent nothing else leads back to
+the others after a start in a partition), members while the table says alive, rumours a few times. 4. Of two
 connections between the same two processes the one dialled by the lower node id stays, on both ends; a
 newer process or a second dial by the same one replaces what it must have lost. 5. In a large mesh
 (`limited`) a node dials only until it has DIAL_BELOW connections, or where it must (want()), and gives
@@ -24,7 +25,7 @@ LAST_RETRY_S = 30.0
 costs two packets a minute."""
 
 RUMOUR_ATTEMPTS = 6
-"""About 15 s of retries for an address that only mDNS or the cache gave; mDNS will say it again."""
+"""About 15 s of retries for an address that only mDNS gave; mDNS will say it again."""
 
 HINT_LENGTH = 16
 """Characters of a node id that mDNS announces: 80 bits, unique in any mesh."""
@@ -151,7 +152,8 @@ class Contacts:
         contact.attempts += 1
         if itself and contact.node is None:
             contact.attempts = RUMOUR_ATTEMPTS
-        if contact.attempts >= RUMOUR_ATTEMPTS and not contact.by_hand:
+        lasts = contact.by_hand or (contact.source == "cache" and not itself)
+        if contact.attempts >= RUMOUR_ATTEMPTS and not lasts:
             del self._contacts[key]
             return contact
         contact.dial_at = now + self._back_off(contact)
