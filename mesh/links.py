@@ -125,18 +125,20 @@ async def greet(stream: Stream, own: Hello) -> Peer:
 async def dial(
     transport: Transport,
     addresses: Sequence[Address],
-    own: Hello,
+    own: Callable[[], Hello],
     *,
     wanted: NodeId | None = None,
     proved_host: str = "",
 ) -> Peer:
     """Tries all addresses, a little apart, `proved_host` first; the first that greets wins.
 
-    If all of `proved_host` refuse, nothing else is waited for. Raises what the most telling failure
-    was: Twin, Incompatible, then ConnectionRefused, others, Itself.
+    If all of `proved_host` refuse, nothing else is waited for. `own` is asked when a stream is open:
+    ages are compared, and an old Hello makes this process look younger than it is. Raises what the
+    most telling failure was: Twin, Incompatible, then ConnectionRefused, others, Itself.
     """
     addresses = sorted(addresses, key=lambda address: address.host != proved_host)
     proofs = sum(address.host == proved_host for address in addresses)
+    proved = proofs > 0
     winner: Peer | None = None
     failures: list[MeshError] = []
 
@@ -153,7 +155,7 @@ async def dial(
                     scope.cancel()
             return
         try:
-            peer = await greet(stream, own)
+            peer = await greet(stream, own())
             if wanted is not None and stream.peer != wanted:
                 raise StreamLost("another node listens there now")
         except MeshError as error:
@@ -169,11 +171,20 @@ async def dial(
             winner = peer
             scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        for rank, address in enumerate(addresses):
-            nursery.start_soon(attempt, address, rank * STAGGER_S, nursery.cancel_scope)
+    try:
+        async with trio.open_nursery() as nursery:
+            for rank, address in enumerate(addresses):
+                nursery.start_soon(attempt, address, rank * STAGGER_S, nursery.cancel_scope)
+    except BaseException:
+        if winner is not None:  # cancelled (BreakOff) while the others were being ended
+            await winner.stream.aclose()
+        raise
     if winner is not None:
         return winner
+    refusals = [f for f in failures if isinstance(f, ConnectionRefused | Itself)]
+    if proofs if proved else len(refusals) < len(failures):
+        # Somebody else refused (docker's address is this machine): that is no word of the peer's.
+        failures = [f for f in failures if not isinstance(f, ConnectionRefused)]
     for kind in (Twin, Incompatible, ConnectionRefused, IdentityError, StreamLost, MeshError):
         for failure in failures:
             if isinstance(failure, kind):

@@ -362,7 +362,7 @@ class Node:
             peer = await dial(
                 self._transport,
                 effect.addresses,
-                self._hello(Purpose.CONTROL),
+                partial(self._hello, Purpose.CONTROL),
                 proved_host=effect.proved_host,
             )
         except Incompatible as error:
@@ -391,6 +391,8 @@ class Node:
     async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Peer:
         """Raises StreamLost also where only somebody else answers, or this node itself."""
         try:
-            return await dial(self._transport, addresses, self._hello(Purpose.BULK), wanted=peer)
+            return await dial(
+                self._transport, addresses, partial(self._hello, Purpose.BULK), wanted=peer
+            )
         except (IdentityError, Incompatible, Itself, Twin) as error:
             raise StreamLost(str(error)) from None

@@ -242,7 +242,7 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     ),
     (Versions, _record(Versions, versions=_versions)),
     (Wanted, _record(Wanted, versions=_versions)),
-    (IdentityTaken, _record(IdentityTaken, host=_text(64))),
+    (IdentityTaken, _record(IdentityTaken, addresses=_many(_address, 16))),
 )
 _NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
 

@@ -532,11 +532,11 @@ def test_of_two_processes_with_one_identity_the_younger_is_refused():
         effects = core.handle(answer, 0.1)
         refused = 2 if first_is_older else 1
         told = {
-            e.connection: e.message.host
+            e.connection: e.message.addresses
             for e in effects
             if isinstance(e, ev.Send) and isinstance(e.message, IdentityTaken)
         }
-        assert told[refused] == f"10.0.0.{3 - refused}"
+        assert told == {refused: hello(A, incarnation=3 - refused).member.addresses}
         assert refused in {e.connection for e in effects if isinstance(e, ev.Hangup)}
         pong = core.handle(
             ev.Received(node=A, connection=3 - refused, message=Ping(sequence=1, table=0)), 0.2
@@ -559,7 +559,17 @@ def test_a_restart_whose_old_connection_stays_silent_is_no_twin():
     assert hung_up[:1] == [1]
 
 
-def test_a_node_that_is_told_that_its_identity_is_taken_stops_and_says_what_to_do():
+def test_a_node_that_is_told_that_its_identity_is_taken_believes_only_what_it_sees():
+    core = MeshProtocol(first_row(ME, "me", 1, ()), Random(1))
+    core.handle(ev.PeerConnected(node=A, connection=1, hello=hello(A), contact=None), 0.0)
+    elsewhere = (Address("10.0.0.7", 7710),)
+    told = ev.Received(node=A, connection=1, message=IdentityTaken(addresses=elsewhere))
+    effects = core.handle(told, 0.1)
+    assert not any(isinstance(e, ev.Stop) for e in effects)
+    assert [e.addresses for e in effects if isinstance(e, ev.Dial)] == [elsewhere]
+
+
+def test_a_node_that_met_its_older_self_stops_and_says_what_to_do():
     core = MeshProtocol(first_row(ME, "me", 1, ()), Random(1))
     [stop] = [e for e in core.handle(ev.TwinMet(host="10.0.0.7"), 0.0) if isinstance(e, ev.Stop)]
     assert "10.0.0.7" in stop.reason

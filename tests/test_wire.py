@@ -179,7 +179,7 @@ messages = st.one_of(
     st.builds(PingReport, sequence=counters, verdict=st.sampled_from(Verdict)),
     st.builds(Versions, versions=st.lists(versions, max_size=50).map(tuple)),
     st.builds(Wanted, versions=st.lists(versions, max_size=50).map(tuple)),
-    st.builds(IdentityTaken, host=text(64)),
+    st.builds(IdentityTaken, addresses=st.lists(addresses, max_size=3).map(tuple)),
 )
 
 

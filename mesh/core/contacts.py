@@ -1,8 +1,9 @@
 """Whom to dial, and which connection to keep where two nodes dialled each other.
 
 Rules: 1. A contact is a set of addresses behind which a node may be; its node id, once TLS told it,
-names it. 2. Nobody is dialled while connected. 3. Contacts given by hand are retried for ever with a
-jittered back-off to 30 s, members while the table says alive, rumours a few times. 4. Of two
+names it. 2. Nobody is dialled while connected. 3. Contacts given by hand, and those of the last start,
+are retried for ever with a jittered back-off to 30 s (where mDNS is silent nothing else leads back to
+the others after a start in a partition), members while the table says alive, rumours a few times. 4. Of two
 connections between the same two processes the one dialled by the lower node id stays, on both ends; a
 newer process or a second dial by the same one replaces what it must have lost. 5. In a large mesh
 (`limited`) a node dials only until it has DIAL_BELOW connections, or where it must (want()), and gives
@@ -24,7 +25,7 @@ LAST_RETRY_S = 30.0
 costs two packets a minute."""
 
 RUMOUR_ATTEMPTS = 6
-"""About 15 s of retries for an address that only mDNS or the cache gave; mDNS will say it again."""
+"""About 15 s of retries for an address that only mDNS gave; mDNS will say it again."""
 
 HINT_LENGTH = 16
 """Characters of a node id that mDNS announces: 80 bits, unique in any mesh."""
@@ -81,6 +82,8 @@ class Connection:
     instance: int
     began_at: float
     """when the process on the other end began, by this node's clock"""
+    addresses: tuple[Address, ...]
+    """where the other end says that it listens"""
     via: str
     host: str
     since: float
@@ -120,6 +123,7 @@ class Contacts:
         source: str,
         node: NodeId | None = None,
         hint: str = "",
+        host: str = "",
         wanted: bool = False,
     ) -> None:
         """Somebody may listen there: dial at once unless connected or being dialled."""
@@ -136,6 +140,7 @@ class Contacts:
             self._announced += source == "mdns"
         contact.node = node or contact.node
         contact.wanted |= wanted
+        contact.host = host or contact.host
         if contact.node is None and hint:
             contact.node = next((n for n in self.connections if n.startswith(hint)), None)
         # The newest addresses lead: after a restart on another port the old ones are dead.
@@ -174,7 +179,8 @@ class Contacts:
         contact.attempts += 1
         if itself and contact.node is None:
             contact.attempts = RUMOUR_ATTEMPTS
-        if contact.attempts >= RUMOUR_ATTEMPTS and not contact.by_hand:
+        lasts = contact.by_hand or (contact.source == "cache" and not itself)
+        if contact.attempts >= RUMOUR_ATTEMPTS and not lasts:
             self._remove(key)
             return contact
         contact.dial_at = now + self._back_off(contact)
@@ -188,6 +194,7 @@ class Contacts:
         contact: str | None,
         instance: int,
         age_s: float,
+        addresses: tuple[Address, ...] = (),
         host: str,
         now: float,
     ) -> tuple[bool, Connection | None]:
@@ -207,6 +214,7 @@ class Contacts:
             dialled_by=node if contact is None else self._own,
             instance=instance,
             began_at=now - age_s,
+            addresses=addresses,
             via=via,
             host=host,
             since=now,
@@ -230,11 +238,11 @@ class Contacts:
             self.drop(node)
         return oldest
 
-    def lost(self, node: NodeId, number: int, now: float) -> bool:
-        """A connection ended; True if it was the one in use. The node is due to be dialled."""
+    def lost(self, node: NodeId, number: int, now: float) -> Connection | None:
+        """A connection ended: the one that was in use, or None. The node is due to be dialled."""
         current = self.connections.get(node)
         if current is None or current.number != number:
-            return False
+            return None
         del self.connections[node]
         self._deadline = None
         lived = now - current.since >= STEADY_S
@@ -244,7 +252,7 @@ class Contacts:
                 contact.flaps = 0 if lived else contact.flaps + 1
                 contact.attempts = contact.flaps
                 contact.dial_at = now if lived else now + self._back_off(contact)
-        return True
+        return current
 
     def unreached(self) -> tuple[tuple[Address, str], ...]:
         """Contacts given by hand that are not connected, and why not."""

@@ -242,19 +242,16 @@ class Detector:
         probe = self._probes.get(sequence)
         if probe is None or probe.asker is not None:
             return []
-        match verdict:
-            case Verdict.REACHED:
-                del self._probes[sequence]
-                self.heard(probe.node, now)
-                return []
-            case Verdict.SILENT:
-                probe.nacks += 1
-                return []
-            case Verdict.REFUSED:
-                del self._probes[sequence]
-                if probe.refused:
-                    return [Gone(node=probe.node, reason="connection refused, to others as well")]
-                return [Silent(node=probe.node)]
+        if verdict is Verdict.SILENT:
+            probe.nacks += 1
+            return []
+        del self._probes[sequence]
+        if verdict is Verdict.REACHED:
+            self.heard(probe.node, now)
+            return []
+        if probe.refused:
+            return [Gone(node=probe.node, reason="connection refused, to others as well")]
+        return [Silent(node=probe.node)]
 
     # ------------------------------------------------------------------------------- suspicion
 
@@ -263,16 +260,19 @@ class Detector:
         suspicion = self._suspicions.get(row.node)
         if suspicion is None or suspicion.incarnation != row.incarnation:
             self._suspicions[row.node] = suspicion_of(row, living, now)
-        else:
-            suspicion.accusers = len(row.accusers)
+        elif suspicion.accusers != len(row.accusers):
+            suspicion.accusers, suspicion.confirmed_at = len(row.accusers), now
         watch = self._watches.get(row.node)
         if watch is None or now - watch.heard_at < PROBE_TIMEOUT_S:
             return []
         return self._probe(row.node, now, table)  # to confirm it, or to know better
 
     def cleared(self, node: NodeId) -> None:
-        """The suspect refuted."""
+        """It refuted, or began again: that its last process was refused says nothing of this one."""
         self._suspicions.pop(node, None)
+        for sequence, probe in self._probes_of(node):
+            if probe.refused:
+                del self._probes[sequence]
 
     # ------------------------------------------------------------------------------- deadlines
 

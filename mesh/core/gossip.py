@@ -39,6 +39,10 @@ COMPARE_S = 0.5
 """In a large mesh, between two push/pulls that a node begins: a newcomer with eight connections would
 ask for the same thousand rows eight times."""
 
+ANSWER_S = 0.1
+"""Between two answers of one kind to one peer: a table of 4096 rows takes 0.1 s of the loop, and a
+member that asked for it again and again would stop it. Who asks in earnest asks with each probe."""
+
 ROWS_PER_MESSAGE = 32
 PAGE_BYTES = 48 * 1024
 """What one message may carry of a table, under the 64 KiB of a frame's header. A usual row is 300
@@ -80,6 +84,8 @@ class Gossip:
         """whose rows are to be passed on, in a large mesh"""
         self._pass_on_at = math.inf
         self._compare_at = -math.inf
+        self._asked: dict[NodeId, tuple[type, float]] = {}
+        """what each peer asked for last, and when"""
 
     @property
     def large(self) -> bool:
@@ -132,6 +138,11 @@ class Gossip:
 
     def answer(self, node: NodeId, message: Versions | Wanted, now: float) -> list[ev.Effect]:
         """The rows that the peer lacks; asks for those that this table lacks."""
+        asked = self._asked.get(node)
+        if asked is not None and asked[0] == type(message) and now - asked[1] < ANSWER_S:
+            return []
+        self._asked = {n: a for n, a in self._asked.items() if n in self._connections}
+        self._asked[node] = type(message), now
         if isinstance(message, Wanted):
             return self.send(node, *pages(self._membership.rows_of(message.versions, now)))
         lacked, wanted = self._membership.compare(message.versions, now)

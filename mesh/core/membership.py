@@ -118,6 +118,13 @@ class Membership:
                 news.append(accepted)
         return [self._own, *news] if refuted else news
 
+    def ended(self, row: Member) -> Member | None:
+        """This table's row of a member that lives by `row` and is dead here, or left."""
+        old = self._others.get(row.node)
+        if old is None or row.state > State.SUSPECT or old.state <= State.SUSPECT:
+            return None
+        return old
+
     def declare(self, node: NodeId, state: State, now: float = 0.0) -> Member | None:
         """This node's own finding about another; None where it was known already. Of a suspicion
         this node becomes an accuser."""

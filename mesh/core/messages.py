@@ -266,10 +266,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdentityTaken:
-    """Another process with the receiver's node id runs, for longer: the receiver has to go."""
+    """Another process with the receiver's node id runs, for longer, and says that it listens there.
+    The receiver believes only what it sees: it dials, and stops where an older self answers."""
 
-    host: str
-    """where the other one is; empty where that is not known"""
+    addresses: tuple[Address, ...]
 
 
 ControlMessage = (

@@ -93,6 +93,7 @@ class Peers:
             contact=event.contact,
             instance=hello.instance,
             age_s=hello.age_ms / 1000,
+            addresses=hello.member.addresses,
             host=event.host,
             now=now,
         )
@@ -152,7 +153,8 @@ class Peers:
 
     def lost(self, event: ev.PeerLost, now: float) -> list[ev.Effect]:
         self.twins.ended(event.connection)
-        if not self.contacts.lost(event.node, event.connection, now):
+        ended = self.contacts.lost(event.node, event.connection, now)
+        if ended is None:
             return []
         self.detector.disconnected(event.node)
         member = self.membership.others.get(event.node)
@@ -162,7 +164,16 @@ class Peers:
             self.contacts.drop(event.node)
             self.detector.unwatch(event.node)
         else:
-            self.contacts.suggest(member.addresses, now, source="member", node=event.node)
+            # Not told to go: in a large mesh as well it is dialled at once, or a killed process would
+            # take seconds to be dead and a living one would be probed through others for ever.
+            self.contacts.suggest(
+                member.addresses,
+                now,
+                source="member",
+                node=event.node,
+                host=ended.host,
+                wanted=not event.told,
+            )
         return []
 
     def _search(self, now: float) -> None:
@@ -213,8 +224,9 @@ class Peers:
 
     def _silent(self, node: NodeId, now: float) -> list[ev.Effect]:
         member = self.membership.others.get(node)
-        if member is not None and member.state >= State.DEAD:
-            # Others knew before; a connection that is open here is only half of one.
+        if member is None or member.state >= State.DEAD:
+            # Others knew before; a connection that is open here is only half of one. Or the table
+            # is full of others.
             self.detector.forget(node)
             return [ev.Abandon(node=node)]
         row = self.membership.declare(node, State.SUSPECT, now)
@@ -249,8 +261,11 @@ class Peers:
         """Two processes with one identity live; the younger is told to go."""
         younger = check.younger
         older = check.old if younger is check.new else check.new
-        if self.contacts.connections.get(check.node) is younger:
-            self.contacts.connections[check.node] = older
+        used = self.contacts.connections.get(check.node)
+        if used is younger:
+            self.contacts.connections[check.node] = used = older
+        # If the younger has gone meanwhile nobody listens to the older here: it has to come again.
+        orphans = [] if used is older else [ev.Hangup(connection=older.number, reason=REPLACED)]
         where = f"{check.old.host} and {check.new.host}"
         text = f"{short(check.node)} runs twice, at {where}: a copied state directory"
         row = self.membership.others.get(check.node)
@@ -261,9 +276,17 @@ class Peers:
                 ev.Send(connection=older.number, message=page)
                 for page in pages([row] if row else [])
             ),
-            ev.Send(connection=younger.number, message=IdentityTaken(host=older.host)),
+            ev.Send(connection=younger.number, message=IdentityTaken(addresses=older.addresses)),
             ev.Hangup(connection=younger.number, reason=taken(older.host)),
+            *orphans,
         ]
+
+    def identity_taken(self, message: IdentityTaken, now: float) -> list[ev.Effect]:
+        """A peer says that this node runs elsewhere as well: dial it, and see (links.greet)."""
+        addresses = tuple(a for a in message.addresses if a not in self.membership.own.addresses)
+        self.contacts.suggest(addresses, now, source="twin", wanted=True)
+        where = ", ".join(str(address) for address in addresses) or "this network"
+        return [ev.Note(text=f"told that another process with this node's identity is at {where}")]
 
     # ----------------------------------------------------------------------------------- rows
 
@@ -272,9 +295,12 @@ class Peers:
         rows = tuple(rows)
         newcomers = [row.node for row in rows if row.node not in self.membership.others]
         news = self.membership.merge(rows, now)
+        # Who is dead here and alive there: a death is told for a while only, so this is how two
+        # tables agree later, and how the member itself comes to hear of it and refutes.
+        zombies = [row for r in rows if (row := self.membership.ended(r)) is not None]
+        effects = self.gossip.send(source, *pages(zombies))
         if not news:
-            return []
-        effects: list[ev.Effect] = []
+            return effects
         if news[0].node == self._me:
             # Refuted; to be suspected is a sign of being slow (Lifeguard).
             self.detector.health.change(+1)
@@ -282,6 +308,10 @@ class Peers:
             news = news[1:]
         for row in news:
             effects += self._row_changed(row, now)
+        if len(self.reasons) > len(self.membership.others):
+            # A full table forgets who ended first: inventions must not outlive their rows here.
+            known = self.membership.others
+            self.reasons = {node: why for node, why in self.reasons.items() if node in known}
         return effects + self.gossip.pass_on(news, source, newcomers, now)
 
     def _row_changed(self, row: Member, now: float) -> list[ev.Effect]:

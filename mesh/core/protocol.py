@@ -165,7 +165,7 @@ class MeshProtocol:
             case SchemaPage():
                 return self._averaging.compare_schema(node, message)
             case IdentityTaken():
-                return [ev.Stop(reason=taken(message.host))]
+                return peers.identity_taken(message, now)
             case Refusal():
                 return []  # the connection ends next; PeerLost carries the reason
             case _:

@@ -26,14 +26,17 @@ class Suspicion:
     wanted: int
     """confirmations after which it lasts no longer than base_s"""
     base_s: float
+    confirmed_at: float = -math.inf
 
     @property
     def deadline(self) -> float:
+        """Never before the last confirmation: a deadline that a message moves into the past would
+        look as if this node's loop had been late (health.py)."""
         if self.wanted <= 0:
             return self.since + self.base_s
         accusers = max(1, min(self.accusers, self.wanted + 1))
         confirmed = math.log(accusers) / math.log(self.wanted + 1)
-        return self.since + self.base_s * (2 - confirmed)
+        return max(self.since + self.base_s * (2 - confirmed), self.confirmed_at)
 
 
 def suspicion_of(row: Member, living: int, now: float) -> Suspicion:

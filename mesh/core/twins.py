@@ -3,7 +3,8 @@
 A check's trip: a peer connects with another instance than the one that is connected already. Usually
 the old process is gone and only its connection lingers, so the new one is used from now on; meanwhile
 the old connection is pinged. If it answers, both processes live, and the younger one has to go. If it
-stays silent, or ends, it was a restart.
+stays silent, or ends, it was a restart. The younger believes no peer's word: it dials the older and
+stops when TLS and an older Hello prove that itself runs there.
 """
 
 import math
