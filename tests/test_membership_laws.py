@@ -26,6 +26,7 @@ from tests.test_detector import Wires, hello, joined
 
 ME = NodeId("m" * 16)
 NODES = [NodeId(letter * 16) for letter in "abcd"]
+SEEDED = settings(derandomize=True, deadline=None, max_examples=150)
 ACCUSERS = [NodeId(f"accuser{k}") for k in range(7)]
 
 
@@ -73,8 +74,8 @@ def check_books(made):
 pages = st.lists(rows(), max_size=12)
 
 
+@SEEDED
 @given(st.permutations(range(3)), st.lists(pages, min_size=3, max_size=3))
-@settings(deadline=None)
 def test_tables_do_not_depend_on_the_order_in_which_rows_came(order, given_pages):
     """Commutative and associative: pages in any order, and other tables' sums of them."""
     straight = table(*given_pages)
@@ -85,6 +86,7 @@ def test_tables_do_not_depend_on_the_order_in_which_rows_came(order, given_pages
     check_books(straight)
 
 
+@SEEDED
 @given(pages)
 def test_what_was_merged_once_is_no_news_again(given_rows):
     made = table(given_rows)
@@ -94,12 +96,16 @@ def test_what_was_merged_once_is_no_news_again(given_rows):
     assert (dict(made.others), made.fingerprint) == before
 
 
+@SEEDED
 @given(pages, pages)
-def test_after_one_comparison_of_versions_two_tables_are_one(mine, theirs):
+def test_after_two_comparisons_of_versions_two_tables_are_one(mine, theirs):
+    """One is enough but for a suspect with other accusers here and there: its row is a third one
+    when the second half asks for the first."""
     one, other = table(mine), table(theirs)
-    lacked, wanted = other.compare(one.versions(0.0), 0.0)
-    one.merge(lacked)
-    other.merge(one.rows_of(wanted, 0.0))
+    for _ in range(2):
+        lacked, wanted = other.compare(one.versions(0.0), 0.0)
+        one.merge(lacked)
+        other.merge(one.rows_of(wanted, 0.0))
     assert one.others == other.others
     assert one.fingerprint == other.fingerprint
 
@@ -113,8 +119,8 @@ steps = st.one_of(
 )
 
 
+@SEEDED
 @given(st.lists(steps, max_size=40), st.sampled_from((2, 3, 100)))
-@settings(deadline=None)
 def test_the_books_of_a_table_are_right_after_anything(given_steps, limit):
     made, now = Membership(own()), 0.0
     whole, membership.MEMBERS_LIMIT = membership.MEMBERS_LIMIT, limit
