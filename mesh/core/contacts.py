@@ -149,7 +149,7 @@ class Contacts:
         contact.addresses = tuple(merged)[:ADDRESSES_LIMIT]
         if contact.dial_at == math.inf or news:
             contact.attempts = 0
-            crossing = source == "mdns" and self._own > (node or hint)
+            crossing = source in ("mdns", "member") and not wanted and self._own > (node or hint)
             contact.dial_at = now + (CROSSING_S if crossing else 0.0)
 
     def due(self, now: float) -> list[Contact]:
