@@ -10,7 +10,7 @@ import mesh.responder
 from mesh.core.detector import Detector
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.membership import Membership
-from mesh.core.protocol import MeshProtocol
+from mesh.core.peers import SEARCH_S, Peers
 from mesh.memory import Memory
 from mesh.replica import Replica, square_norm
 from mesh.runs import Run
@@ -77,6 +77,15 @@ def starts_where_it_started_before(self):
     return 1
 
 
+def looks_for_nobody(self, now):
+    self._search_at = now + SEARCH_S
+
+
+def waits_for_ever(self, node, suspicion, now):
+    suspicion.since = now
+    return []
+
+
 def begins_anew(self, initiator, exchange, start):
     """A resumed exchange is a new one to its responder."""
     self.forget(initiator)
@@ -112,15 +121,13 @@ MUTANTS = {
         Membership, "_refute", lambda self, rumour: False, ("let it stand",), 2
     ),
     "alive wins at equal incarnation": Mutant(
-        mesh.core.membership, "supersedes", prefers_alive, ("knew",)
+        mesh.core.membership, "supersedes", prefers_alive, ("knew", "not healed")
     ),
     "incarnations are not kept": Mutant(
         Memory, "reserve_incarnations", starts_where_it_started_before, ("starts at incarnation",)
     ),
     "the dead are never dialled again": Mutant(
-        MeshProtocol, "_look_for_the_missing", lambda self, now: None, ("not healed",), 15
+        Peers, "_search", looks_for_nobody, ("not healed",), 15
     ),
-    "silence is never a death": Mutant(
-        Detector, "due_deaths", lambda self, now: [], ("not healed", "spins")
-    ),
+    "silence is never a death": Mutant(Detector, "_judge", waits_for_ever, ("not healed",)),
 }
