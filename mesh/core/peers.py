@@ -307,14 +307,14 @@ class Peers:
             effects += self._reserve_incarnations() + self.gossip.news(news[:1])
             news = news[1:]
         for row in news:
-            effects += self._row_changed(row, now)
+            effects += self._row_changed(row, now, known=row.node not in newcomers)
         if len(self.reasons) > len(self.membership.others):
             # A full table forgets who ended first: inventions must not outlive their rows here.
             known = self.membership.others
             self.reasons = {node: why for node, why in self.reasons.items() if node in known}
         return effects + self.gossip.pass_on(news, source, newcomers, now)
 
-    def _row_changed(self, row: Member, now: float) -> list[ev.Effect]:
+    def _row_changed(self, row: Member, now: float, *, known: bool) -> list[ev.Effect]:
         self._news.append(row)
         connection = self.contacts.connections.get(row.node)
         label = f"{row.name} ({short(row.node)})"
@@ -339,7 +339,7 @@ class Peers:
             case State.LEFT:
                 self.detector.forget(row.node)
                 self.contacts.drop(row.node)
-                effects: list[ev.Effect] = [ev.Note(text=f"{label} left")]
+                effects: list[ev.Effect] = [ev.Note(text=f"{label} left")] if known else []
                 if connection is not None:
                     effects.append(ev.Hangup(connection=connection.number, reason="you left"))
                 return effects

@@ -17,6 +17,8 @@ class Strangers:
     def meet(self, node: NodeId, name: str, reason: str, now: float) -> bool:
         """True if this is news."""
         known = node in self._met
+        if len(self._met) >= STRANGERS_LIMIT:
+            self._met = {n: m for n, m in self._met.items() if now - m[1] < STRANGER_S}
         if not known and len(self._met) >= STRANGERS_LIMIT:
             return False
         peer = PeerStatistics(
