@@ -4,27 +4,24 @@
 
 Whole deployed nodes over the simulated network (watched_mesh.py); equal seeds give equal figures, except
 for CPU time. An experiment's trip: EXPERIMENTS -> its measure function, one seed after the other ->
-figures -> a line of the table. Rules: 1. Nothing of the detector is re-implemented here; two
-context managers replace one function each, to show what it is worth. 2. A figure comes with its number of
+figures -> a line of the table. Rules: 1. Nothing of the detector is re-implemented here; ablations.py
+takes one part of it out at a time. 2. A figure comes with its number of
 runs. 3. A percentile is one of the values measured (nearest rank).
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from random import Random
-from unittest.mock import patch
 
 import trio
 
+from benchmarks.ablations import ABLATIONS, HALVES, WHOLE
 from benchmarks.watched_mesh import Traffic, WatchedMesh, percentile, watched_mesh
-from mesh.core.detector import Detector
-from mesh.core.health import Health
 from mesh.core.messages import NodeId
 from mesh.net.simulated import Weather
 from mesh.virtual_time import run_seeded
@@ -73,6 +70,9 @@ GASPING_IN_RAIN = Stalls(stalled_s=8.0, awake_s=0.1, loss=0.3)
 """Lifeguard's experiment: awake for moments only. Where a third of all packets is lost as well, what
 clears a member often comes after the moment is over, and the suspicion runs out in the stall."""
 
+GASPING_IN_RAIN_OF_FIVE = Stalls(stalled_s=8.0, awake_s=0.1, loss=0.3, nodes=5)
+"""The same, small enough to take local health apart in, and for a test."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blame:
@@ -84,44 +84,6 @@ class Blame:
     dead_slow: int
     refuted: int
 
-
-# ------------------------------------------------------------------------------------- ablations
-
-
-def _permutation(detector: Detector, now: float) -> NodeId | None:
-    probed = {probe.node for probe in detector._probes.values() if probe.asker is None}
-    for _ in range(2):
-        while detector._round:
-            node = detector._round.pop()
-            if node in detector._watches and node not in probed:
-                return node
-        detector._round = list(detector._watches)
-        detector._rng.shuffle(detector._round)
-    return None
-
-
-@contextlib.contextmanager
-def plain_swim() -> Iterator[None]:
-    """Probes go round in a random permutation; who was just heard is not passed over."""
-    with patch.object(Detector, "_choose", _permutation):
-        yield
-
-
-@contextlib.contextmanager
-def without_local_health() -> Iterator[None]:
-    """A node that was stopped itself takes its own lateness for the silence of others."""
-    with (
-        patch.object(Health, "multiplier", property(lambda health: 1)),
-        patch.object(Health, "forgiven_s", lambda health, lag_s: 0.0),
-    ):
-        yield
-
-
-ABLATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-    "": contextlib.nullcontext,
-    "plain SWIM order": plain_swim,
-    "no local health": without_local_health,
-}
 
 # ---------------------------------------------------------------------------------- measurements
 
@@ -297,12 +259,14 @@ def silent(runs: Runs) -> list[Line]:
 
 def false_deaths(runs: Runs) -> list[Line]:
     lines = []
-    for stalls, seeds, seconds in (
-        (SLOW, 1 if runs.quick else 4, 300.0 if runs.quick else 900.0),
-        (GASPING, 1 if runs.quick else 2, 150.0 if runs.quick else 300.0),
-        (GASPING_IN_RAIN, 1 if runs.quick else 2, 150.0 if runs.quick else 300.0),
+    seeds, long_s, short_s = (1, 300.0, 150.0) if runs.quick else (4, 900.0, 300.0)
+    for stalls, seconds, ablations in (
+        (SLOW, long_s, WHOLE),
+        (GASPING, short_s, WHOLE),
+        (GASPING_IN_RAIN, short_s, WHOLE),
+        (GASPING_IN_RAIN_OF_FIVE, short_s, HALVES),
     ):
-        for ablation in ("", "no local health"):
+        for ablation in ablations:
             each = runs.of(blame, seeds, stalls=stalls, seconds=seconds, ablation=ablation)
             figures = {
                 name: float(sum(getattr(run, name) for run in each)) for name in asdict(each[0])

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.reliability import GASPING_IN_RAIN, SLOW, Line, blame, detection_s, table
+from benchmarks.reliability import GASPING_IN_RAIN_OF_FIVE, SLOW, Line, blame, detection_s, table
 from benchmarks.watched_mesh import percentile
-
-GASPING_FEW = replace(GASPING_IN_RAIN, nodes=5)
 
 
 def test_a_killed_process_is_dead_at_all_fifteen_others_within_a_second():
@@ -30,7 +28,7 @@ def test_nobody_who_lives_is_called_dead_where_packets_are_lost_and_one_node_sta
 
 @pytest.mark.parametrize("ablation", ["", "no local health"])
 def test_only_local_health_keeps_a_node_that_gasps_from_calling_the_healthy_dead(ablation):
-    blamed = blame(1, stalls=GASPING_FEW, seconds=100.0, ablation=ablation)
+    blamed = blame(1, stalls=GASPING_IN_RAIN_OF_FIVE, seconds=100.0, ablation=ablation)
     assert (blamed.dead_healthy > 0) is bool(ablation)
 
 
