@@ -1,13 +1,14 @@
 # make demo   three nodes on this machine find each other and train one model
 # make test   lint, types and every test, in under ten minutes on two cores
 # make faults real faults on real nodes, at full length: twenty minutes, as root (FAULTS="--only kill")
+# make reliability  how soon deaths are found, how often wrongly, at what cost: in virtual time
 # make soak   SEEDS=1000 simulated lives of a mesh under faults
 PYTHON ?= python3
 BIN := .venv/bin
 
 SEEDS ?= 1000
 
-.PHONY: demo test faults soak lint format clean
+.PHONY: demo test faults reliability soak lint format clean
 
 demo: .venv/ready
 	$(BIN)/mesh demo
@@ -17,6 +18,9 @@ test: lint
 
 faults: .venv/ready
 	$(BIN)/python -m tests.lan.faults $(FAULTS)
+
+reliability: .venv/ready
+	$(BIN)/python -m benchmarks.reliability $(RELIABILITY)
 
 soak: .venv/ready
 	$(BIN)/mesh sim --seeds $(SEEDS)
