@@ -22,7 +22,7 @@ GOOD: Final = Weather()
 FOR_GOOD: Final = 0.25
 """Deaths after which the machine stays away, as a part of all."""
 
-LONG_NIGHTS: Final = 0.3
+LONG_NIGHTS: Final = 0.05
 LONG_NIGHT_S: Final = 60.0
 """A partition in which every rumour is given up: only who looks for the dead finds them again."""
 

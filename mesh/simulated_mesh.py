@@ -30,8 +30,8 @@ from mesh.player import Player
 from mesh.simulated_disk import SimulatedDisk
 from mesh.simulated_node import SimulatedNode, Trace
 
-ENTRIES: Final = 9 * FRAGMENT_ENTRIES + 3
-"""Ten fragments, the last one short: more than a window, so that it has to move."""
+ENTRIES: Final = 8 * FRAGMENT_ENTRIES + 3
+"""Nine fragments, the last one short: more than a window, so that it has to move."""
 
 PORT: Final = 7710
 CLOCK_S: Final = 1.8e9

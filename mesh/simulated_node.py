@@ -63,7 +63,9 @@ def describe(happening: ev.Event | ev.Effect | None) -> str:
     match happening:
         case None:
             return "deadline"
-        case ev.Received() | ev.Send():
+        case ev.Received():
+            return f"Received #{happening.connection} {type(happening.message).__name__}"
+        case ev.Send():
             message = happening.message
             if isinstance(message, Members):
                 rows = " ".join(f"{m.name}:{m.state.name}:{m.incarnation}" for m in message.members)

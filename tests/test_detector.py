@@ -16,10 +16,8 @@ from mesh.core.detector import (
     PROBE_INTERVAL_S,
     PROBE_TIMEOUT_S,
     Detector,
-    Gone,
-    Silent,
-    Tell,
 )
+from mesh.core.findings import Gone, Silent, Tell
 from mesh.core.health import LAG_S, WORST, Health
 from mesh.core.membership import (
     KEEP_ENDED_S,
@@ -218,7 +216,9 @@ def test_helpers_are_asked_after_half_a_second_and_silence_is_an_accusation_afte
     assert len({f.node for _, f in requests}) == HELPERS
     assert all(f.node != ping.node and f.message.node == ping.node for _, f in requests)
     silent = [(t, f) for t, f in found if isinstance(f, Silent)]
-    assert silent[0] == (pytest.approx(sent + PROBE_INTERVAL_S), Silent(node=ping.node))
+    at, finding = silent[0]
+    assert (at, finding.node) == (pytest.approx(sent + PROBE_INTERVAL_S), ping.node)
+    assert finding.since == pytest.approx(sent + PROBE_TIMEOUT_S), "suspect since it owed an answer"
 
 
 def test_a_helper_that_reached_it_clears_it():
@@ -247,7 +247,9 @@ def test_a_refused_connection_is_a_death_only_if_another_member_is_refused_as_we
             assert isinstance(found[0], Gone)
         else:
             assert found == []
-            assert (Silent(node=A) in later) is (verdict is Verdict.SILENT)
+            assert (any(isinstance(f, Silent) and f.node == A for f in later)) is (
+                verdict is Verdict.SILENT
+            )
 
 
 def test_where_there_is_no_other_member_a_refused_connection_is_a_death_at_once():

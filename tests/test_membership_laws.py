@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mesh.core import events as ev
 from mesh.core import membership
 from mesh.core.address import Address
-from mesh.core.detector import Detector, Gone
+from mesh.core.detector import Detector
+from mesh.core.findings import Gone
 from mesh.core.membership import (
     KEEP_ENDED_S,
     MEMBERS_LIMIT,
@@ -169,10 +170,10 @@ def quiet_detector():
 
 def test_a_confirmation_that_comes_late_is_no_sign_that_this_nodes_loop_was_late():
     detector = quiet_detector()
-    detector.suspected(suspect(ACCUSERS[0]), 5, 0.0, 0)
+    detector.suspected(suspect(ACCUSERS[0]), 5, 0.0, 0, since=0.0)
     detector._probes.clear()
     late = suspect(*ACCUSERS[:3])
-    detector.suspected(late, 5, 5.9, 0)
+    detector.suspected(late, 5, 5.9, 0, since=5.9)
     detector._probes.clear()
     assert detector.next_deadline() == 5.9
     assert detector.on_deadline(5.9, 0) == [Gone(node=late.node, reason="silent: 3 members say so")]
@@ -181,9 +182,9 @@ def test_a_confirmation_that_comes_late_is_no_sign_that_this_nodes_loop_was_late
 
 def test_who_was_heard_since_it_was_accused_lives_however_late_it_is_confirmed():
     detector = quiet_detector()
-    detector.suspected(suspect(ACCUSERS[0]), 5, 0.0, 0)
+    detector.suspected(suspect(ACCUSERS[0]), 5, 0.0, 0, since=0.0)
     detector.heard(NODES[3], 2.5)
-    detector.suspected(suspect(*ACCUSERS[:4]), 5, 5.9, 0)
+    detector.suspected(suspect(*ACCUSERS[:4]), 5, 5.9, 0, since=5.9)
     detector._probes.clear()
     assert detector.on_deadline(5.9, 0) == []
 

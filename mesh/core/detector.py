@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
+from mesh.core.findings import Finding, Gone, Reach, Silent, Tell
 from mesh.core.health import Health
 from mesh.core.messages import (
     Member,
@@ -43,39 +44,6 @@ ERRANDS_LIMIT = 256
 """Probes in others' places at once."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tell:
-    """Send this."""
-
-    node: NodeId
-    message: Ping | PingRequest | PingReport
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
-    """Dial this member: somebody asks whether it is there."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Silent:
-    """This node finds the member silent: accuse it."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gone:
-    """The member is dead."""
-
-    node: NodeId
-    reason: str
-
-
-Finding = Tell | Reach | Silent | Gone
-
-
 @dataclass(slots=True)
 class _Watch:
     heard_at: float
@@ -94,6 +62,8 @@ class _Watch:
 class _Probe:
     node: NodeId
     sent_at: float
+    due_at: float
+    """when its answer is: a suspicion counts from here"""
     ask_at: float
     fail_at: float
     asker: tuple[NodeId, int] | None = None
@@ -206,6 +176,7 @@ class Detector:
         self._probes[self._sequence] = _Probe(
             node=node,
             sent_at=now,
+            due_at=now,
             ask_at=math.inf,
             fail_at=now + PROBE_INTERVAL_S * self.health.multiplier,
             refused=True,
@@ -229,6 +200,7 @@ class Detector:
         self._probes[self._sequence] = _Probe(
             node=node,
             sent_at=now,
+            due_at=now,
             ask_at=math.inf,
             fail_at=now + HELPER_TIMEOUT_S,
             asker=(asker, sequence),
@@ -251,15 +223,17 @@ class Detector:
             return []
         if probe.refused:
             return [Gone(node=probe.node, reason="connection refused, to others as well")]
-        return [Silent(node=probe.node)]
+        return [Silent(node=probe.node, since=probe.due_at)]
 
     # ------------------------------------------------------------------------------- suspicion
 
-    def suspected(self, row: Member, living: int, now: float, table: int) -> list[Finding]:
-        """The table says that this member is suspect; `living` members are in it."""
+    def suspected(
+        self, row: Member, living: int, now: float, table: int, *, since: float
+    ) -> list[Finding]:
+        """The table says that this member is suspect, from `since` on; `living` are in it."""
         suspicion = self._suspicions.get(row.node)
         if suspicion is None or suspicion.incarnation != row.incarnation:
-            self._suspicions[row.node] = suspicion_of(row, living, now)
+            self._suspicions[row.node] = suspicion_of(row, living, since)
         elif suspicion.accusers != len(row.accusers):
             suspicion.accusers, suspicion.confirmed_at = len(row.accusers), now
         watch = self._watches.get(row.node)
@@ -312,6 +286,7 @@ class Detector:
         if not lag_s:
             return
         for probe in self._probes.values():
+            probe.due_at += lag_s
             probe.ask_at += lag_s
             probe.fail_at += lag_s
         for suspicion in self._suspicions.values():
@@ -347,10 +322,12 @@ class Detector:
             return []
         self._sequence += 1
         connected = self._watches[node].connected
+        timeout_s = PROBE_TIMEOUT_S * self.health.multiplier if connected else 0.0
         self._probes[self._sequence] = _Probe(
             node=node,
             sent_at=now,
-            ask_at=now + PROBE_TIMEOUT_S * self.health.multiplier if connected else now,
+            due_at=now + timeout_s,
+            ask_at=now + timeout_s,
             fail_at=now + PROBE_INTERVAL_S * self.health.multiplier,
         )
         if not connected:
@@ -365,7 +342,7 @@ class Detector:
             return []
         # Helpers that did not even say "silent" are a sign that this node hears badly.
         self.health.change(probe.helpers - probe.nacks if probe.helpers else 1)
-        return [Silent(node=probe.node)]
+        return [Silent(node=probe.node, since=probe.due_at)]
 
     def _judge(self, node: NodeId, suspicion: Suspicion, now: float) -> list[Finding]:
         watch = self._watches.get(node)

@@ -13,7 +13,8 @@ from typing import assert_never
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.contacts import DIAL_BELOW, Connection, Contacts
-from mesh.core.detector import Detector, Finding, Gone, Reach, Silent, Tell
+from mesh.core.detector import Detector
+from mesh.core.findings import Finding, Gone, Reach, Silent, Tell
 from mesh.core.gossip import Gossip, pages
 from mesh.core.membership import INCARNATION_BLOCK, Membership
 from mesh.core.messages import IdentityTaken, Member, NodeId, Ping, RunInfo, State, short
@@ -215,14 +216,14 @@ class Peers:
                     if member is not None:
                         self._look_for(member, now, wanted=True)
                 case Silent():
-                    effects += self._silent(finding.node, now)
+                    effects += self._silent(finding.node, finding.since, now)
                 case Gone():
                     effects += self._gone(finding.node, finding.reason, now)
                 case _:
                     assert_never(finding)
         return effects
 
-    def _silent(self, node: NodeId, now: float) -> list[ev.Effect]:
+    def _silent(self, node: NodeId, since: float, now: float) -> list[ev.Effect]:
         member = self.membership.others.get(node)
         if member is None or member.state >= State.DEAD:
             # Others knew before; a connection that is open here is only half of one. Or the table
@@ -238,12 +239,12 @@ class Peers:
             self.reasons[node] = f"no answer for {silent_s:.1f} s"
             text = f"{row.name} ({short(node)}) is suspect: {self.reasons[node]}"
             effects.append(ev.Note(text=text))
-        return effects + self.gossip.news([row]) + self._suspected(row, now)
+        return effects + self.gossip.news([row]) + self._suspected(row, now, since)
 
-    def _suspected(self, row: Member, now: float) -> list[ev.Effect]:
+    def _suspected(self, row: Member, now: float, since: float) -> list[ev.Effect]:
         self._news.append(row)
         table, living = self.membership.fingerprint, self.membership.living
-        found = self.detector.suspected(row, living, now, table)
+        found = self.detector.suspected(row, living, now, table, since=since)
         return [ev.BreakOff(node=row.node), *self.found(found, now)]
 
     def _gone(self, node: NodeId, reason: str, now: float) -> list[ev.Effect]:
@@ -328,7 +329,7 @@ class Peers:
             case State.SUSPECT:
                 self.reasons.setdefault(row.node, "no answer, says another member")
                 # It refutes as soon as it hears of it.
-                return self.gossip.send(row.node, *pages([row])) + self._suspected(row, now)
+                return self.gossip.send(row.node, *pages([row])) + self._suspected(row, now, now)
             case State.DEAD:
                 self.reasons[row.node] = "told so by another member"
                 if connection is not None:

@@ -39,11 +39,11 @@ class Suspicion:
         return max(self.since + self.base_s * (2 - confirmed), self.confirmed_at)
 
 
-def suspicion_of(row: Member, living: int, now: float) -> Suspicion:
+def suspicion_of(row: Member, living: int, since: float) -> Suspicion:
     """A new one. `living`: members in the table, the suspect and this node included."""
     return Suspicion(
         incarnation=row.incarnation,
-        since=now,
+        since=since,
         accusers=len(row.accusers),
         wanted=min(CONFIRMATIONS, living - 2),
         base_s=SUSPICION_S * max(1.0, math.log10(max(1, living))),
