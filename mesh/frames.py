@@ -17,6 +17,9 @@ STALL_S: Final = 10.0
 SEND_S: Final = 60.0
 """In which something of a frame has to be taken. The kernel reports a dead peer sooner where it can."""
 
+USUAL_BYTES: Final = 4096
+"""Buffer of a connection until a longer header comes."""
+
 
 async def send_frame(
     stream: Stream, message: Message, body: memoryview | bytes = b"", *, before: bytes = b""
@@ -42,7 +45,7 @@ class FrameReader:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._buffer = memoryview(bytearray(wire.PREFIX_BYTES + wire.HEADER_LIMIT_BYTES))
+        self._buffer = memoryview(bytearray(USUAL_BYTES))
         self._start = self._end = 0
         self.received_bytes = 0
 
@@ -82,8 +85,10 @@ class FrameReader:
         """Waits until `count` bytes that are not read yet lie in the buffer."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif self._start + count > len(self._buffer):
+        if self._start + count > len(self._buffer):
             left = bytes(self._buffer[self._start : self._end])
+            if count > len(self._buffer):  # a page of a table, once in a while
+                self._buffer = memoryview(bytearray(wire.PREFIX_BYTES + wire.HEADER_LIMIT_BYTES))
             self._buffer[: len(left)] = left
             self._start, self._end = 0, len(left)
         while self._end - self._start < count:

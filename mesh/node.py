@@ -163,6 +163,10 @@ class Node:
             notes=tuple(self._notes),
         )
 
+    def living_addresses(self, limit: int) -> list[Address]:
+        """Where the living are, for the next start; cheap, however many there are."""
+        return self._protocol.living_addresses(limit)
+
     # ----------------------------------------------------------------------------------- runs
 
     def check_run(self, spec: RunSpec) -> None:
@@ -287,7 +291,7 @@ class Node:
                 self._nursery.start_soon(self._initiator.initiate, effect)
             case ev.Begin():
                 if effect.run in self._runs:
-                    donor = self._name_of(effect.donor) if effect.donor else None
+                    donor = self._protocol.name_of(effect.donor) if effect.donor else None
                     self._runs[effect.run].begin(effect, donor)
             case ev.Offer():
                 if effect.run in self._runs:
@@ -299,10 +303,6 @@ class Node:
                 self._note(effect.text)
             case _:
                 assert_never(effect)
-
-    def _name_of(self, node: NodeId) -> str:
-        peers = self._protocol.statistics(trio.current_time()).peers
-        return next((peer.name for peer in peers if peer.node == node), node[:8])
 
     # ---------------------------------------------------------------------------- connections
 

@@ -192,8 +192,7 @@ async def _keep_memory(node: Node, memory: Memory) -> None:
     written: list[Address] = []
     while True:
         await trio.sleep(REMEMBER_S)
-        peers = node.statistics().protocol.peers
-        found = [a for peer in peers if peer.state == "alive" for a in peer.addresses][:PEERS_KEPT]
+        found = node.living_addresses(PEERS_KEPT)
         with contextlib.suppress(MeshError):  # still full: incarnations go first
             memory.catch_up()
             if found and found != written:

@@ -73,8 +73,7 @@ async def _remember(node: SimulatedNode, memory: Memory) -> None:
     """As mesh/process.py does: where peers are, for a start without mDNS."""
     while True:
         await trio.sleep(REMEMBER_S)
-        peers = node.statistics().protocol.peers
-        found = [a for peer in peers if peer.state == "alive" for a in peer.addresses][:PEERS_KEPT]
+        found = node.living_addresses(PEERS_KEPT)
         with contextlib.suppress(MeshError):
             memory.catch_up()
             if found:

@@ -192,6 +192,8 @@ def unhealed(mesh: SimulatedMesh) -> str:
     for machine in living:
         if machine.node is None:
             return f"{machine.name} does not run"
+    if len(living) > TOGETHER:
+        return _different(living) or _unfinished(mesh, living)
     expected = {m.id: m for m in living}
     rows = {m.id: m.node._protocol.own for m in living if m.node is not None}
     for machine in living:
@@ -209,6 +211,15 @@ def unhealed(mesh: SimulatedMesh) -> str:
             if node not in expected and row.state <= State.SUSPECT:
                 return f"{machine.name} holds {row.name}, which is gone, for {row.state.name}"
     return _unfinished(mesh, living)
+
+
+def _different(living: list[Machine]) -> str:
+    """As unhealed() does row by row; of a large mesh by what tables count."""
+    tables = [m.node._protocol.peers.membership for m in living if m.node is not None]
+    if any(table.living != len(living) for table in tables):
+        return "not everybody holds everybody for alive"
+    prints = {table.fingerprint for table in tables}
+    return f"there are {len(prints)} different tables" if len(prints) > 1 else ""
 
 
 def _unfinished(mesh: SimulatedMesh, living: list[Machine]) -> str:

@@ -249,9 +249,12 @@ _NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
 
 def _plain(value: Any) -> Any:
     """Dataclasses as lists of their fields, in order of declaration."""
-    if isinstance(value, tuple):
+    kind = type(value)
+    if kind is str or kind is int or kind is bool:
+        return value
+    if kind is tuple:
         return [_plain(item) for item in value]
-    slots = getattr(type(value), "__dataclass_fields__", None)
+    slots = getattr(kind, "__dataclass_fields__", None)
     if slots is None:
         return int(value) if isinstance(value, IntEnum) else value
     return [_plain(getattr(value, name)) for name in slots]

@@ -12,7 +12,7 @@ from random import Random
 from typing import assert_never
 
 from mesh.core import events as ev
-from mesh.core.contacts import Connection
+from mesh.core.contacts import LARGE, Connection
 from mesh.core.membership import Membership
 from mesh.core.messages import (
     Member,
@@ -178,12 +178,14 @@ class Averaging:
 
     def _partners(self, run: Schedule) -> list[Partner]:
         """Connected peers of the same run and schema that nobody suspects: an exchange with one that
-        is gone would keep the others waiting."""
+        is gone would keep the others waiting. In a large mesh, where few are connected, all members."""
         mine = (run.info.run, run.info.schema)
         partners: list[Partner] = []
-        for node in self._connections:
-            member = self._membership.others.get(node)
-            if member is not None and member.state is State.ALIVE:
+        others = self._membership.others
+        large = self._membership.living > LARGE
+        for node in others if large else self._connections:
+            member = others.get(node)
+            if member is not None and member.runs and member.state is State.ALIVE:
                 partners += [(node, i) for i in member.runs if (i.run, i.schema) == mine]
         return partners
 

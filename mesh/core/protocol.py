@@ -8,16 +8,19 @@ CandidateFound -> Dial -> PeerConnected -> its row -> news for the runs. A step'
 averaging -> StartExchange -> ExchangeEnded -> Offer.
 """
 
+from itertools import islice
 from random import Random
 from typing import assert_never
 
 from mesh.core import events as ev
+from mesh.core.address import Address
 from mesh.core.averaging import Averaging
 from mesh.core.messages import (
     Ack,
     IdentityTaken,
     Member,
     Members,
+    NodeId,
     Ping,
     PingReport,
     PingRequest,
@@ -29,6 +32,7 @@ from mesh.core.messages import (
     Verdict,
     Versions,
     Wanted,
+    short,
 )
 from mesh.core.peers import Peers
 from mesh.core.statistics import PeerStatistics, ProtocolStatistics
@@ -99,7 +103,9 @@ class MeshProtocol:
         exchanges = self._averaging.on_deadline(now)
         for effect in exchanges:
             if isinstance(effect, ev.StartExchange):
-                self.peers.contacts.connections[effect.peer].used_at = now
+                used = self.peers.contacts.connections.get(effect.peer)
+                if used is not None:
+                    used.used_at = now
         return effects + exchanges
 
     @property
@@ -114,6 +120,17 @@ class MeshProtocol:
     def partner_count(self, run: str) -> int:
         """How many peers a run of this node can be averaged with now."""
         return self._averaging.partner_count(run)
+
+    def name_of(self, node: NodeId) -> str:
+        """What a member calls itself."""
+        row = self.peers.membership.others.get(node)
+        return row.name if row else short(node)
+
+    def living_addresses(self, limit: int) -> list[Address]:
+        """Up to `limit` addresses of living members."""
+        rows = self.peers.membership.others.values()
+        found = (a for row in rows if row.state is State.ALIVE for a in row.addresses)
+        return list(islice(found, limit))
 
     def statistics(self, now: float) -> ProtocolStatistics:
         # A member that came back with another version is listed as what it is now.
