@@ -25,6 +25,10 @@ IN_FLIGHT_BYTES: Final = 2 * FRAGMENT_ENTRIES * 4
 TURN_S: Final = 0.5
 """Between two exchanges of a node: five of them on two cores leave room for the test."""
 
+CUT_S: Final = 20.0
+LOSSY_S: Final = 60.0
+"""The short forms last this long at most: chance decides when the first exchange comes through."""
+
 SMALL: Final = 4096
 """Entries of a model for lossy lines: 16 kB are a dozen packets, and any may need repeating."""
 
@@ -55,13 +59,24 @@ def partition(lab: FaultyLab, size: Size, findings: Findings) -> None:
     lab.cut(lab.machines[:3], lab.machines[3:])
     at = time.monotonic()
     done = {name: exchanges(side, "completed") for name, side in sides.items()}
-    during(seconds - (time.monotonic() - at), partial(turn, trainings), pause_s=TURN_S)
-    for name, side in sides.items():
-        went_on = exchanges(side, "completed") - done[name]
+
+    def went_on(name: str) -> int:
+        return exchanges(sides[name], "completed") - done[name]
+
+    # Whoever is caught in an exchange with the other side has to find it silent first.
+    during(
+        seconds - (time.monotonic() - at),
+        partial(turn, trainings),
+        pause_s=TURN_S,
+        enough=lambda: all(went_on(name) > 0 for name in sides),
+        at_most_s=CUT_S,
+    )
+    seconds = time.monotonic() - at
+    for name in sides:
         findings.check(
-            f"exchanges completed on the side of {name} while cut for {seconds:g} s",
-            went_on > 0,
-            f"{went_on}",
+            f"exchanges completed on the side of {name} while cut for {seconds:.0f} s",
+            went_on(name) > 0,
+            f"{went_on(name)}",
             "at least 1",
         )
     lab.heal()
@@ -96,7 +111,14 @@ def loss(lab: FaultyLab, size: Size, findings: Findings) -> None:
         earlier = set(watch.verdicts())
         done = exchanges(trainings, "completed")
         lab.lose(percent)
-        during(seconds, look, pause_s=TURN_S)
+        wanted = 3 if size is Size.SHORT else seconds / 4
+        during(
+            seconds,
+            look,
+            pause_s=TURN_S,
+            enough=lambda: exchanges(trainings, "completed") - done >= wanted,  # noqa: B023
+            at_most_s=LOSSY_S if size is Size.SHORT else seconds,
+        )
         lab.heal()
         verdicts = [verdict for verdict in watch.verdicts() if verdict not in earlier]
         findings.check(
@@ -108,9 +130,9 @@ def loss(lab: FaultyLab, size: Size, findings: Findings) -> None:
         completed = exchanges(trainings, "completed") - done
         findings.check(
             f"{percent} % loss for {seconds:g} s: exchanges completed",
-            completed >= seconds / 4,
+            completed >= wanted,
             f"{completed}",
-            f"at least {seconds / 4:.0f}",
+            f"at least {wanted:.0f}",
         )
         findings.come("all alive again", partial(all_alive, lab.machines), within_s=BUSY_S)
     for training in trainings:

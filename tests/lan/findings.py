@@ -109,12 +109,20 @@ def _wait(condition: Callable[[], object], start: float, within_s: float) -> boo
     return True
 
 
-def during(seconds: float, look: Callable[[], object], *, pause_s: float = POLL_S) -> None:
-    """Looks again and again while a fault lasts."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def during(
+    seconds: float,
+    look: Callable[[], object],
+    *,
+    pause_s: float = POLL_S,
+    enough: Callable[[], bool] = lambda: True,
+    at_most_s: float = 0.0,
+) -> None:
+    """Looks again and again while a fault lasts: so long, then until it is `enough`, at most
+    `at_most_s` in all."""
+    start = time.monotonic()
+    while (lasted := time.monotonic() - start) < seconds or (lasted < at_most_s and not enough()):
         look()
-        time.sleep(min(pause_s, max(0.0, end - time.monotonic())))
+        time.sleep(pause_s)
 
 
 # ------------------------------------------------------------------------ what tables say of others
