@@ -1,8 +1,9 @@
 """The few things that a node does with files, so that a test can put a disk that fails in their place.
 
 A file's trip: write_whole -> a temporary file, synced -> renamed to its name -> its directory synced;
-a kill or a full disk at any point leaves the last good one. Rules: 1. Every operation does one thing that can fail, and raises OSError if it does. 2. What was
-written is safe from a power cut only after sync(), a rename only after sync_directory().
+a kill or a full disk at any point leaves the last good one. Rules: 1. Every operation does one thing
+that can fail, and raises OSError if it does. 2. What was written is safe from a power cut only after
+sync(), a rename only after sync_directory().
 """
 
 import contextlib
