@@ -19,12 +19,11 @@ import trio
 
 from mesh import wire
 from mesh.core import events as ev
-from mesh.core.address import Address
 from mesh.core.messages import Member, NodeId, State
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
 from mesh.node import Node
+from mesh.simulated_mesh import address_of, node_id
 
-PORT = 7710
 SETTLE_S = 120.0
 """How long a mesh may take to become one before this benchmark calls it broken."""
 
@@ -141,17 +140,16 @@ class WatchedMesh:
         self._nursery = nursery
         self._watch: Watch | None = None
         for index in range(1, count + 1):
-            self.start(NodeId(f"node{index:04}" + "a" * 8))
+            self.start(node_id(index))
 
     def start(self, me: NodeId) -> None:
         index = int(me[4:8])
         self._starts[me] = self._starts.get(me, 0) + 1
-        address = Address(f"10.0.{index >> 8}.{index & 255}", PORT)
         node = WatchedNode(
             node=me,
             name=f"n{index}",
             incarnation=self._starts[me] * INCARNATIONS,
-            transport=SimulatedTransport(self.network, me, address),
+            transport=SimulatedTransport(self.network, me, address_of(index)),
             discovery=SimulatedDiscovery(self.network, me),
             candidates=(),
             rng=Random(self.rng.random()),

@@ -8,6 +8,13 @@ class MeshError(Exception):
     """Base of all errors of this library; catch this one."""
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The first error in a group of groups, as trio's nurseries raise them; or the error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 class UsageError(MeshError):
     """The caller asked for something that cannot be: the message says what to change."""
 

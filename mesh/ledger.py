@@ -36,9 +36,7 @@ class WatchedReplica(Replica):
     """A replica that enters what happens to it into the ledger, and has small fragments."""
 
     def __init__(self, entries: int, node: NodeId, weight: float, ledger: "Ledger") -> None:
-        super().__init__(entries, Float32())
-        self.fragments = -(-entries // FRAGMENT_ENTRIES)
-        self._norms = np.zeros(self.fragments, dtype=np.float64)
+        super().__init__(entries, Float32(), FRAGMENT_ENTRIES)
         self.node = node
         self.weight = weight
         self.run: Run | None = None
@@ -52,10 +50,6 @@ class WatchedReplica(Replica):
         self.answered: tuple[int, float] | None = None
         """a fragment that was answered, and the step: its reply has to be kept before the next"""
         self._ledger = ledger
-
-    def slice_of(self, index: int) -> slice:
-        start = index * FRAGMENT_ENTRIES
-        return slice(start, min(start + FRAGMENT_ENTRIES, len(self.weights)))
 
     def write(self, index: int, out: memoryview) -> None:
         if self.run is not None and self.run.current is not None:

@@ -17,7 +17,7 @@ import trio
 
 from mesh.control import Control, listen
 from mesh.core.address import Address
-from mesh.errors import MeshError
+from mesh.errors import MeshError, first_of
 from mesh.identity import Identity, load, node_of, rename
 from mesh.memory import PEERS_KEPT, Memory
 from mesh.net.mdns import MdnsDiscovery
@@ -53,17 +53,9 @@ def run_node(
         try:
             return trio.run(_main, settings, storage, identity, lifeline, say or _say)
         except* MeshError as group:
-            raise _first(group) from None
+            raise first_of(group) from None
     finally:
         storage.unlock()
-
-
-def _first(group: BaseExceptionGroup[MeshError]) -> MeshError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, MeshError)
-    return error
 
 
 def _say(line: str) -> None:

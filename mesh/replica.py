@@ -17,11 +17,6 @@ from mesh.core.messages import FRAGMENT_ENTRIES
 from mesh.errors import NotFinite
 
 
-def fragments_of(entries: int) -> int:
-    """How many fragments a flat buffer of `entries` numbers has."""
-    return -(-entries // FRAGMENT_ENTRIES)
-
-
 def square_norm(values: Floats) -> float:
     """Sum of squares of `values` (n,), in one pass.
 
@@ -35,19 +30,21 @@ def square_norm(values: Floats) -> float:
 class Replica:
     """The flat gossip buffer `w`: float32 (entries,), and what an exchange does to its fragments."""
 
-    def __init__(self, entries: int, codec: Codec) -> None:
+    def __init__(self, entries: int, codec: Codec, fragment_entries: int | None = None) -> None:
+        """`fragment_entries`: another length of fragments than the wire's; the simulator's are short."""
         self.codec = codec
+        self._fragment_entries = fragment_entries or FRAGMENT_ENTRIES
         self.weights: Floats = np.zeros(entries, dtype=np.float32)
-        self.fragments = fragments_of(entries)
+        self.fragments = -(-entries // self._fragment_entries)
         self._norms = np.zeros(self.fragments, dtype=np.float64)
-        largest = min(entries, FRAGMENT_ENTRIES)
+        largest = min(entries, self._fragment_entries)
         self._difference: Floats = np.empty(largest, dtype=np.float32)
         self._decoded: Floats = np.empty(largest, dtype=np.float32)
 
     def slice_of(self, index: int) -> slice:
         """Where fragment `index` lies in the buffer."""
-        start = index * FRAGMENT_ENTRIES
-        return slice(start, min(start + FRAGMENT_ENTRIES, len(self.weights)))
+        start = index * self._fragment_entries
+        return slice(start, min(start + self._fragment_entries, len(self.weights)))
 
     def body_bytes(self, index: int) -> int:
         """Length of fragment `index` on the wire."""

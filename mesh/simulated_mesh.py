@@ -46,6 +46,11 @@ def node_id(index: int) -> NodeId:
     return NodeId(f"node{index:04}" + "a" * 8)
 
 
+def address_of(index: int) -> Address:
+    """Where a machine is until it moves."""
+    return Address(f"10.0.{index >> 8}.{index & 255}", PORT)
+
+
 class FadingDiscovery:
     """mDNS until it is over: a switch that forwards no multicast, a browser that asks once an hour."""
 
@@ -145,7 +150,7 @@ class SimulatedMesh:
         self.machines = [
             Machine(
                 index=index,
-                address=Address(f"10.0.{index >> 8}.{index & 255}", PORT),
+                address=address_of(index),
                 rng=Random(rng.random()),
                 disk=SimulatedDisk(Random(rng.random())),
             )

@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from mesh.core.messages import State
+from mesh.errors import first_of
 from mesh.faults import Faults
 from mesh.simulated_mesh import Machine, SimulatedMesh
 from mesh.simulated_node import Trace
@@ -75,16 +76,9 @@ def simulate(
     try:
         run_seeded(life.live, seed)
     except ExceptionGroup as group:
-        error = _first(group)
+        error = first_of(group)
         life.fail(f"{type(error).__name__}: {error}")
     return life.report(seed, time.perf_counter() - began)
-
-
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 class _Life:

@@ -12,7 +12,7 @@ from random import Random
 from typing import assert_never
 
 from mesh.core import events as ev
-from mesh.core.contacts import LARGE, Connection
+from mesh.core.contacts import Connection
 from mesh.core.membership import Membership
 from mesh.core.messages import (
     Member,
@@ -182,8 +182,7 @@ class Averaging:
         mine = (run.info.run, run.info.schema)
         partners: list[Partner] = []
         others = self._membership.others
-        large = self._membership.living > LARGE
-        for node in others if large else self._connections:
+        for node in others if self._membership.large else self._connections:
             member = others.get(node)
             if member is not None and member.runs and member.state is State.ALIVE:
                 partners += [(node, i) for i in member.runs if (i.run, i.schema) == mine]

@@ -3,10 +3,10 @@
 Rules: 1. A contact is a set of addresses behind which a node may be; its node id, once TLS told it,
 names it. 2. Nobody is dialled while connected. 3. Contacts given by hand, and those of the last start,
 are retried for ever with a jittered back-off to 30 s (where mDNS is silent nothing else leads back to
-the others after a start in a partition), members while the table says alive, rumours a few times. 4. Of two
-connections between the same two processes the one dialled by the lower node id stays, on both ends; a
-newer process or a second dial by the same one replaces what it must have lost. 5. In a large mesh
-(`limited`) a node dials only until it has DIAL_BELOW connections, or where it must (want()), and gives
+the others after a start in a partition), members while the table says alive, rumours a few times.
+4. Of two connections between the same two processes the one dialled by the lower node id stays, on both
+ends; a newer process or a second dial by the same one replaces what it must have lost. 5. In a large mesh
+(`limited`) a node dials only until it has DIAL_BELOW connections, or where it must (`wanted`), and gives
 up the one that was used longest ago above CONNECTIONS_LIMIT: what a node spends stays flat.
 """
 
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from random import Random
 
 from mesh.core.address import Address
-from mesh.core.messages import (
-    NodeId,
-)
+from mesh.core.membership import LARGE
+from mesh.core.messages import NodeId
 
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 30.0
@@ -36,9 +35,6 @@ process that was killed is known to be dead in milliseconds. One a second is wha
 
 CONTACTS_LIMIT = 1024
 ADDRESSES_LIMIT = 16
-
-LARGE = 32
-"""Members up to which everybody is connected to everybody and hears of everything at once."""
 
 DIAL_BELOW = 8
 CONNECTIONS_LIMIT = 32
@@ -110,10 +106,10 @@ class Contacts:
         thousand nodes that start together must not dial each other all at once."""
         return self._large or self._announced > LARGE
 
-    def count_members(self, living: int) -> None:
-        """How many the table knows."""
-        if self._large is not (living > LARGE):
-            self._large, self._deadline = living > LARGE, None
+    def table_is_large(self, large: bool) -> None:
+        """What the table knows of it."""
+        if self._large is not large:
+            self._large, self._deadline = large, None
 
     def suggest(
         self,

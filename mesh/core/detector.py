@@ -261,9 +261,10 @@ class Detector:
 
     def on_deadline(self, now: float, table: int) -> list[Finding]:
         """Everything that is due. `table`: fingerprint of this node's table, for the probes."""
-        if now < self.next_deadline():
+        late_s = now - self.next_deadline()
+        if late_s < 0:
             return []
-        self._forgive(now)
+        self._forgive(late_s)
         findings: list[Finding] = []
         for sequence, probe in list(self._probes.items()):
             if now >= probe.fail_at:
@@ -281,9 +282,9 @@ class Detector:
             findings += self._next_probe(now, table)
         return findings
 
-    def _forgive(self, now: float) -> None:
+    def _forgive(self, late_s: float) -> None:
         """This process was stopped or starved, not the others: what they said meanwhile waits."""
-        lag_s = self.health.forgiven_s(now - self.next_deadline())
+        lag_s = self.health.forgiven_s(late_s)
         if not lag_s:
             return
         for probe in self._probes.values():

@@ -8,8 +8,8 @@ news missed arrives with the next probe, and two large tables that agree cost ei
 3. In a large mesh newcomers' rows travel by rule 2 only: a thousand nodes that start together would
 send each other three million rumours.
 
-A row's trip: found -> news(), or heard -> pass_on() -> Members -> the peer's merge(); or Ping -> Ack with another
-fingerprint -> compare() -> Versions -> answer() -> Members and Wanted -> Members.
+A row's trip: found -> news(), or heard -> pass_on() -> Members -> the peer's merge(); or Ping -> Ack
+with another fingerprint -> compare() -> Versions -> answer() -> Members and Wanted -> Members.
 """
 
 import math
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 
 from mesh.core import events as ev
-from mesh.core.contacts import LARGE, Connection
+from mesh.core.contacts import Connection
 from mesh.core.membership import Membership
 from mesh.core.messages import (
     ControlMessage,
@@ -87,11 +87,6 @@ class Gossip:
         self._asked: dict[NodeId, tuple[type, float]] = {}
         """what each peer asked for last, and when"""
 
-    @property
-    def large(self) -> bool:
-        """Whether not everybody is connected to everybody."""
-        return self._membership.living > LARGE
-
     def send(self, node: NodeId, *messages: ControlMessage) -> list[ev.Effect]:
         """To a peer, if it is connected."""
         connection = self._connections.get(node)
@@ -104,14 +99,13 @@ class Gossip:
         return self._tell(rows, sorted(self._connections))
 
     def pass_on(
-        self, rows: Sequence[Member], source: NodeId, newcomers: Iterable[NodeId], now: float
+        self, rows: Sequence[Member], source: NodeId, newcomers: set[NodeId], now: float
     ) -> list[ev.Effect]:
         """Tells a few of what was heard from `source`; in a large mesh a little later."""
-        if not self.large:
+        if not self._membership.large:
             rows = [row for row in rows if row.node != source]
             return self._tell(rows, self._few(source))
-        left_out = set(newcomers)
-        self._heard.update((row.node, None) for row in rows if row.node not in left_out)
+        self._heard.update((row.node, None) for row in rows if row.node not in newcomers)
         if self._heard and self._pass_on_at == math.inf:
             self._pass_on_at = now + GOSSIP_S
         return []
@@ -132,7 +126,7 @@ class Gossip:
         """A peer's fingerprint arrived: where it is not ours, begins a push/pull."""
         if table == self._membership.fingerprint or now < self._compare_at:
             return []
-        if self.large:
+        if self._membership.large:
             self._compare_at = now + COMPARE_S
         return self.send(node, Versions(versions=self._membership.versions(now)))
 

@@ -34,6 +34,9 @@ INCARNATION_LIMIT = 2**31
 rows beyond are refused. Exchange numbers begin at a node's incarnation times 2**32, so they fit into
 63 bits."""
 
+LARGE = 32
+"""Members up to which everybody is connected to everybody and hears of everything at once."""
+
 KEEP_ENDED_S = 3600.0
 """A partition may last: its members are listed, and looked for, this long."""
 
@@ -83,6 +86,11 @@ class Membership:
     @property
     def others(self) -> dict[NodeId, Member]:
         return self._others
+
+    @property
+    def large(self) -> bool:
+        """Whether there are too many members for everybody to be connected to everybody."""
+        return self.living > LARGE
 
     def publish(
         self,

@@ -68,7 +68,7 @@ class Peers:
             effects.append(ev.Hangup(connection=check.old.number, reason=REPLACED))
         if now >= self._search_at:
             self._search(now)
-        self.contacts.count_members(self.membership.living)
+        self.contacts.table_is_large(self.membership.large)
         for contact in self.contacts.due(now):
             effects.append(
                 ev.Dial(contact=contact.key, addresses=contact.addresses, proved_host=contact.host)
@@ -161,7 +161,7 @@ class Peers:
         member = self.membership.others.get(event.node)
         if member is None or member.state is State.LEFT:
             self.contacts.drop(event.node)
-        elif event.told and self.gossip.large:
+        elif event.told and self.membership.large:
             self.contacts.drop(event.node)
             self.detector.unwatch(event.node)
         else:
@@ -183,13 +183,13 @@ class Peers:
         self._search_at = now + SEARCH_S
         for node in self.membership.expire(now):
             self.reasons.pop(node, None)
-        if self.gossip.large:
+        if self.membership.large:
             self.detector.watch_only_connected()
         others = self.membership.others.values()
         missing = [m for m in others if m.node not in self.contacts.connections]
         living = [m for m in missing if m.state <= State.SUSPECT]
         dead = [m for m in missing if m.state is State.DEAD]
-        if self.gossip.large and living:
+        if self.membership.large and living:
             lacking = max(1, DIAL_BELOW - len(self.contacts.connections))
             living = self._rng.sample(living, min(lacking, len(living)))
         for member in living + ([self._rng.choice(dead)] if dead else []):
@@ -197,7 +197,7 @@ class Peers:
 
     def _look_for(self, member: Member, now: float, *, wanted: bool) -> None:
         """Dials a member, and finds out from others about it meanwhile if it should live."""
-        if member.state <= State.SUSPECT and not self.gossip.large:
+        if member.state <= State.SUSPECT and not self.membership.large:
             self.detector.watch(member.node, now)
         self.contacts.suggest(
             member.addresses, now, source="member", node=member.node, wanted=wanted
@@ -294,7 +294,7 @@ class Peers:
     def merge(self, rows: Iterable[Member], *, source: NodeId, now: float) -> list[ev.Effect]:
         """Rows of another table: act on what is new, pass it on, decide again."""
         rows = tuple(rows)
-        newcomers = [row.node for row in rows if row.node not in self.membership.others]
+        newcomers = {row.node for row in rows if row.node not in self.membership.others}
         news = self.membership.merge(rows, now)
         # Who is dead here and alive there: a death is told for a while only, so this is how two
         # tables agree later, and how the member itself comes to hear of it and refutes.
@@ -319,7 +319,7 @@ class Peers:
         self._news.append(row)
         connection = self.contacts.connections.get(row.node)
         label = f"{row.name} ({short(row.node)})"
-        if row.state <= State.SUSPECT and connection is None and not self.gossip.large:
+        if row.state <= State.SUSPECT and connection is None and not self.membership.large:
             self._look_for(row, now, wanted=False)
         match row.state:
             case State.ALIVE:
