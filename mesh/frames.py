@@ -7,10 +7,6 @@ from mesh.core.messages import Message
 from mesh.errors import RemoteProtocolError, StreamLost
 from mesh.net.transport import Stream
 
-JOIN_BYTES: Final = 128 * 1024
-"""Bodies up to this travel behind their header in one call: the copy costs 10 us, a second call and
-the other end's second wake-up cost more."""
-
 STALL_S: Final = 10.0
 """An exchange without a byte for this long, on either side, is a lost connection."""
 
@@ -26,13 +22,10 @@ async def send_frame(
 ) -> int:
     """Sends one frame, behind a frame without body that was encoded `before`; returns the length."""
     header = before + wire.encode(message, len(body))
-    if not len(body):
-        await stream.send_all(header, SEND_S)
-    elif len(body) <= JOIN_BYTES:
-        await stream.send_all(header + bytes(body), SEND_S)
+    if len(body):
+        await stream.send_all(body, SEND_S, head=header)
     else:
         await stream.send_all(header, SEND_S)
-        await stream.send_all(body, SEND_S)
     return len(header) + len(body)
 
 
@@ -48,6 +41,11 @@ class FrameReader:
         self._buffer = memoryview(bytearray(USUAL_BYTES))
         self._start = self._end = 0
         self.received_bytes = 0
+
+    @property
+    def unread(self) -> int:
+        """Bytes that came and are not read yet."""
+        return self._end - self._start
 
     async def message(self, *, timeout_s: float, bodies: bool = False) -> tuple[Message, int]:
         """The next message, and the length of the body behind it.

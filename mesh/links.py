@@ -8,7 +8,7 @@ full outbox drops and counts, push/pull repairs it later. 2. One task writes a s
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, cast, get_args
 
 import trio
@@ -21,6 +21,7 @@ from mesh.core.messages import (
     Message,
     NodeId,
     OtherVersion,
+    Purpose,
     Refusal,
 )
 from mesh.core.strangers import version_refusal
@@ -93,11 +94,14 @@ class _Link:
 
 
 async def greet(stream: Stream, own: Hello) -> Peer:
-    """Swaps Hellos. Raises Incompatible, Itself, Twin, RemoteProtocolError or StreamLost."""
+    """Swaps Hellos; a connection for bulk is sealed then.
+
+    Raises Incompatible, Itself, Twin, RemoteProtocolError or StreamLost.
+    """
     message: Message | None = None
     reader = FrameReader(stream)
     with trio.move_on_after(GREETING_S):
-        await send_frame(stream, own)
+        await send_frame(stream, replace(own, offer=stream.offer))
         message, _ = await reader.message(timeout_s=GREETING_S)
     match message:
         case Hello():
@@ -108,6 +112,11 @@ async def greet(stream: Stream, own: Hello) -> Peer:
                 if message.instance != own.instance and older:
                     raise Twin(stream.host)
                 raise Itself("this address leads back to this node")
+            if Purpose.BULK in (own.purpose, message.purpose):
+                if reader.unread:
+                    raise RemoteProtocolError("more than a Hello before the records")
+                stream = stream.seal(message.offer)
+                reader = FrameReader(stream)
             return Peer(stream, reader, message)
         case OtherVersion():
             reason = version_refusal(message.protocol, own.protocol)

@@ -21,13 +21,7 @@ from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.averaging import RUNS_LIMIT
 from mesh.core.membership import first_row
-from mesh.core.messages import (
-    PROTOCOL,
-    Hello,
-    NodeId,
-    Purpose,
-    Refusal,
-)
+from mesh.core.messages import PROTOCOL, Hello, NodeId, Purpose, Refusal
 from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
 from mesh.errors import (
@@ -339,10 +333,12 @@ class Node:
 
     async def _welcome(self, stream: Stream) -> None:
         """A stream that somebody opened to us: the one place where a connection's end is decided."""
+        talking = stream
         try:
             peer = await greet(stream, self._hello(Purpose.CONTROL))
+            talking = peer.stream
             if peer.hello.purpose is Purpose.BULK:
-                await self._responder.answer(stream, peer.reader)
+                await self._responder.answer(peer.stream, peer.reader)
             else:
                 await self._links.run(peer, None)
         except Incompatible as error:
@@ -352,7 +348,7 @@ class Node:
         except RemoteProtocolError as error:
             self.count_refused("non_finite" if isinstance(error, NotFinite) else "protocol")
             with contextlib.suppress(MeshError), trio.move_on_after(LAST_WORD_S):
-                await send_frame(stream, Refusal(reason=str(error)))
+                await send_frame(talking, Refusal(reason=str(error)))
         except MeshError:
             pass  # lost, timed out or ourselves: nothing was promised yet, or PeerLost said it
 

@@ -191,6 +191,7 @@ _hello = _record(
     member=_member,
     instance=_counter,
     age_ms=_counter,
+    offer=_text(80),
 )
 _other_version = _record(OtherVersion, protocol=_whole(0, 2**31), name=_name)
 

@@ -21,11 +21,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from mesh import wire
 from mesh.client import LocalSocket, ask, node_of_state
 from mesh.core.messages import (
     PROTOCOL,
+    ExchangeOpened,
     Fragment,
     Hello,
     Member,
@@ -265,6 +267,7 @@ class BadMember:
         self._context = self.identity.context(server=False)
         self._incarnation = itertools.count(1)
         self._exchange = itertools.count(1)
+        self.offer = f"aes:{os.urandom(32).hex()}"
 
     def connect(self, port):
         """TLS, and nothing said yet."""
@@ -300,6 +303,7 @@ class BadMember:
             member=member,
             instance=1,
             age_ms=0,
+            offer=self.offer,
         )
 
     def farewell(self):
@@ -310,7 +314,10 @@ class BadMember:
         """A connection on which both sides said Hello."""
         connection = self.connect(port)
         connection.say(self.hello(purpose, **row))
-        assert isinstance(connection.hear(), Hello)
+        hello = connection.hear()
+        assert isinstance(hello, Hello)
+        if purpose is Purpose.BULK:
+            connection.seal(self.offer, hello.offer)
         return connection
 
     def opening(self, training, **changes):
@@ -328,12 +335,21 @@ class BadMember:
         return OpenExchange(**{**fields, **changes})
 
     def pull(self, port, training):
-        """The weights of the node's replica, float32 (entries,): a pull changes nothing there."""
+        """The weights of the node's replica, float32 (entries,): a pull changes nothing there.
+
+        A member that answers no probe is called dead sooner or later, and what it has under way ends:
+        then it asks again.
+        """
+        with contextlib.suppress(ConnectionError):
+            return self._pull(port, training)
+        return self._pull(port, training)
+
+    def _pull(self, port, training):
         opening = self.opening(training, weight=0.0, pull=True)
         parts = []
         with self.greeted(port, Purpose.BULK) as connection:
             connection.say(opening)
-            connection.hear()
+            assert isinstance(connection.hear(), ExchangeOpened)
             while sum(map(len, parts)) < training.entries[0].shape[0]:
                 index = len(parts)
                 connection.say(Fragment(exchange=opening.exchange, index=index, received=index))
@@ -342,11 +358,62 @@ class BadMember:
         return np.concatenate(parts)
 
 
+class Records:
+    """Bulk records over a blocking socket, written once more from docs/security.md."""
+
+    def __init__(self, connection, own, peers):
+        """`own` and `peers`: what the two ends offered each other, cipher:key."""
+        (one, sends), (other, receives) = own.split(":"), peers.split(":")
+        cipher = AESGCM if one == other == "aes" else ChaCha20Poly1305
+        self.bare = connection
+        self._out, self._in = cipher(bytes.fromhex(sends)), cipher(bytes.fromhex(receives))
+        self._sent = self._received = 0
+        self._opened = b""
+        self.setsockopt, self.close = connection.setsockopt, connection.close
+
+    def record(self, data):
+        """The next record."""
+        length = (len(data) + 16).to_bytes(4, "big")
+        nonce = self._sent.to_bytes(12, "big")
+        self._sent += 1
+        return length + self._out.encrypt(nonce, data, length)
+
+    def sendall(self, data):
+        for start in range(0, len(data), 1 << 20):
+            self.bare.sendall(self.record(bytes(data[start : start + (1 << 20)])))
+
+    def recv(self, limit):
+        if not self._opened:
+            head = self._exactly(4)
+            if not head:
+                return b""
+            body = self._exactly(int.from_bytes(head, "big"))
+            nonce = self._received.to_bytes(12, "big")
+            self._received += 1
+            self._opened = self._in.decrypt(nonce, body, head)
+        data, self._opened = self._opened[:limit], self._opened[limit:]
+        return data
+
+    def _exactly(self, length):
+        data = b""
+        while len(data) < length and (piece := self.bare.recv(length - len(data))):
+            data += piece
+        return data
+
+
 class Wire:
-    """Frames over one blocking TLS connection."""
+    """Frames over one blocking TLS connection; bulk frames over records in its place."""
 
     def __init__(self, connection):
         self._connection = connection
+
+    def seal(self, own, peers):
+        """Behind the Hellos of a bulk connection."""
+        assert not self._connection.pending()
+        timeout = self._connection.gettimeout()
+        bare = socket.socket(fileno=self._connection.detach())
+        bare.settimeout(timeout)
+        self._connection = Records(bare, own, peers)
 
     def __enter__(self):
         return self

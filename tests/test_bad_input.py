@@ -771,8 +771,10 @@ class BadResponder:
         """The node's bulk connection; its dials for control are turned away."""
         while True:
             connection = self._bad.accept(self._listener)
-            if connection.hear().purpose is Purpose.BULK:
+            hello = connection.hear()
+            if hello.purpose is Purpose.BULK:
                 connection.say(self._bad.hello(Purpose.BULK))
+                connection.seal(self._bad.offer, hello.offer)
                 return connection
             connection.close()
 

@@ -32,7 +32,7 @@ class Line:
     """A stream whose other end has said its Hello."""
 
     def __init__(self, *, closes_in_s=0.0):
-        self.peer, self.host = PEER, HOME.host
+        self.peer, self.host, self.offer = PEER, HOME.host, ""
         self.sent = b""
         self.closed = False
         self._said = wire.encode(hello(PEER))

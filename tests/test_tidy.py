@@ -67,8 +67,8 @@ HOMES = {
     "msgpack": ["mesh/wire.py"],
     "zeroconf": ["mesh/net/mdns.py"],
     "ifaddr": ["mesh/net/interfaces.py"],
-    "ssl": ["mesh/identity.py", "mesh/net/tcp.py"],
-    "cryptography": ["mesh/identity.py"],
+    "ssl": ["mesh/identity.py", "mesh/net/tcp.py", "mesh/net/sockets.py"],
+    "cryptography": ["mesh/identity.py", "mesh/net/sealed.py"],
     # The demo's training is a script such as users write; the programs around it load no torch.
     "torch": ["mesh/training.py", "mesh/tensors.py", "nodes/demo_training.py"],
     "platformdirs": ["mesh/settings.py"],

@@ -5,7 +5,7 @@ only ever appended to a message. 3. `protocol` and `name` stay the first fields 
 `Refusal` stays message 1 for ever, so that nodes of any two versions can say why they cannot talk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NewType
 
@@ -14,7 +14,7 @@ from mesh.core.address import Address
 NodeId = NewType("NodeId", str)
 """base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
 
 FRAGMENT_ENTRIES = 262_144
@@ -102,6 +102,8 @@ class Hello:
     """drawn at random when the process started: two at once with one node id are a copied identity"""
     age_ms: int
     """how long the process runs, by its own monotonic clock: of two the younger has to go"""
+    offer: str = field(default="", repr=False)
+    """keys for what the sender sends on this connection if it is for bulk (Stream.seal); secret"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ class SimulatedStream:
 
     peer: NodeId
     host: str
+    offer = ""
     _other: "SimulatedStream"
 
     def __init__(self, medium: Medium, process: Process, number: int) -> None:
@@ -81,9 +82,14 @@ class SimulatedStream:
 
     # ------------------------------------------------------------------------------- as a Stream
 
-    async def send_all(self, data: bytes | memoryview, timeout_s: float = inf) -> None:
+    def seal(self, offer: str) -> "SimulatedStream":
+        return self
+
+    async def send_all(
+        self, data: bytes | memoryview, timeout_s: float = inf, *, head: bytes = b""
+    ) -> None:
         self._medium.enter(self._process)
-        view = memoryview(bytes(data))
+        view = memoryview(head + bytes(data))
         await self._process.awake()
         self._check()
         while len(view):

@@ -1,0 +1,237 @@
+"""How fast two nodes average a model, as a multiple of what the wire itself takes.
+
+    python -m benchmarks.exchange [--entries N] [--rounds N] [--nodes N] [--load N] [--only raw,f32] [--json]
+
+Contenders, each a set of processes on this machine's loopback: raw (two blocking threads for each
+connection: the wire), gloo (torch.distributed's all_reduce, neither encrypted nor authenticated),
+plain (this project without encryption; no user can choose it), f32, bf16, int8 (as deployed: TLS
+greeting, sealed records). A round runs each once, one after the other; a ratio is the median over the
+rounds of (contender / raw of the same round), because the machine's speed changes while one waits.
+`--load N`: N busy Python processes beside them, and raw under the same load.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mesh.identity import create_mesh, join_mesh
+
+WARM_UP = 2
+CODECS = ("f32", "bf16", "int8")
+WIRE_TARGETS = {"f32": 1.001, "bf16": 0.501, "int8": 0.26}
+
+
+class Part:
+    """One process of a contender."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.contenders", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, **what: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a part ended early: {self._process.args}")
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time so far, of user and kernel; 0 where there is no /proc."""
+        try:
+            after_name = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2]
+        except OSError:
+            return 0.0
+        user, kernel = after_name.split()[11:13]
+        return (int(user) + int(kernel)) / os.sysconf("SC_CLK_TCK")
+
+
+class Contender:
+    """Parts that do one thing together when told to go."""
+
+    def __init__(self, parts: list[Part], starters: list[Part]) -> None:
+        self._parts = parts
+        self._starters = starters
+        self.seconds: list[float] = []
+        self.cpu_s: list[float] = []
+        self.bytes_sent = 0
+
+    def go(self) -> None:
+        before = sum(part.cpu_s for part in self._parts)
+        for part in self._starters:
+            part.tell(go=True)
+        heard = [part.hear() for part in self._starters]
+        self.seconds.append(max(each["seconds"] for each in heard))
+        self.cpu_s.append(sum(part.cpu_s for part in self._parts) - before)
+        self.bytes_sent = heard[0].get("bytes", 0)
+
+    def end(self) -> None:
+        for part in self._parts:
+            part.end()
+
+
+def raw(entries: int, nodes: int) -> Contender:
+    parts = [Part("raw", entries) for _ in range(nodes)]
+    ports = [part.hear()["ready"] for part in parts]
+    pairs = 1 if nodes == 2 else nodes  # two nodes are one connection, more are a ring
+    for rank, part in enumerate(parts):
+        following = ports[(rank + 1) % nodes] if rank < pairs else None
+        part.tell(next=following, accept=int(rank > 0 or pairs > 1))
+    for part in parts:
+        part.hear()
+    return Contender(parts, parts)
+
+
+def gloo(entries: int, nodes: int, directory: Path) -> Contender:
+    file = directory / "gloo"
+    parts = [Part("gloo", entries, rank, nodes, file) for rank in range(nodes)]
+    for part in parts:
+        part.hear()
+        part.tell(go=True)
+    for part in parts:
+        part.hear()
+    return Contender(parts, parts)
+
+
+def gossip(entries: int, nodes: int, directory: Path, kind: str, codec: str) -> Contender:
+    """A mesh of its own. Two nodes: the first begins. More: each begins with the next, at once."""
+    states = [directory / f"{kind}-{codec}-{rank}" for rank in range(nodes)]
+    token = create_mesh(states[0], f"{kind}0")
+    for rank, state in enumerate(states[1:]):
+        join_mesh(state, token, f"{kind}{rank + 1}")
+    parts = [Part("node", entries, state, kind, codec) for state in states]
+    ports = [part.hear()["ready"] for part in parts]
+    for part in parts:
+        part.tell(peers=ports, others=nodes - 1)
+    ids = [part.hear()["ready"] for part in parts]
+    for rank, part in enumerate(parts):
+        part.tell(partner=ids[(rank + 1) % nodes])
+    for part in parts:
+        part.hear()
+    return Contender(parts, parts[:1] if nodes == 2 else parts)
+
+
+@contextlib.contextmanager
+def contenders(
+    names: list[str], entries: int, nodes: int, load: int
+) -> Iterator[dict[str, Contender]]:
+    made: dict[str, Contender] = {}
+    busy: list[Part] = []
+    with tempfile.TemporaryDirectory(prefix="mesh-bench-") as name:
+        directory = Path(name)
+        try:
+            for each in names:
+                if each == "raw":
+                    made[each] = raw(entries, nodes)
+                elif each == "gloo":
+                    made[each] = gloo(entries, nodes, directory)
+                elif each == "plain":
+                    made[each] = gossip(entries, nodes, directory, "plain", "f32")
+                else:
+                    made[each] = gossip(entries, nodes, directory, "sealed", each)
+            busy += [Part("busy") for _ in range(load)]
+            for part in busy:
+                part.hear()
+            yield made
+        finally:
+            for contender in made.values():
+                contender.end()
+            for part in busy:
+                part.end()
+
+
+def measure(
+    names: list[str], *, entries: int, rounds: int, nodes: int, load: int
+) -> dict[str, Any]:
+    """One table: seconds, ratio to raw, bytes on the wire over the model's, for each contender."""
+    with contenders(names, entries, nodes, load) as made:
+        for turn in range(WARM_UP + rounds):
+            for name in made:
+                print(
+                    f"\rround {turn + 1} of {WARM_UP + rounds}: {name:6}", end="", file=sys.stderr
+                )
+                made[name].go()
+        print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    rows = {}
+    for name, contender in made.items():
+        seconds = contender.seconds[WARM_UP:]
+        row: dict[str, Any] = {
+            "seconds": statistics.median(seconds),
+            "cpu_s": statistics.mean(contender.cpu_s[WARM_UP:]),
+        }
+        for other in ("raw", "gloo"):
+            if other in made and other != name:
+                pairs = zip(seconds, made[other].seconds[WARM_UP:], strict=True)
+                row[f"over_{other}"] = statistics.median(mine / theirs for mine, theirs in pairs)
+        if contender.bytes_sent:
+            row["wire"] = contender.bytes_sent / (4 * entries)
+        rows[name] = row
+    return {"entries": entries, "nodes": nodes, "load": load, "rounds": rounds, "rows": rows}
+
+
+def show(result: dict[str, Any]) -> None:
+    mb = 4 * result["entries"] / 1e6
+    print(
+        f"{result['nodes']} nodes, {mb:.0f} MB of float32, {result['load']} busy processes beside"
+    )
+    print(f"{'':8}{'ms':>8}{'CPU ms':>8}{'/ raw':>8}{'/ gloo':>8}{'wire / model':>14}")
+    for name, row in result["rows"].items():
+        ratios = [
+            f"{row[key]:8.2f}" if key in row else f"{'':8}" for key in ("over_raw", "over_gloo")
+        ]
+        wire = f"{row['wire']:14.4f}" if "wire" in row else ""
+        print(
+            f"{name:8}{1000 * row['seconds']:8.1f}{1000 * row['cpu_s']:8.1f}{''.join(ratios)}{wire}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast two nodes average a model.")
+    parser.add_argument("--entries", type=int, default=25_000_000, help="of float32")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--load", type=int, default=0, help="busy Python processes beside them")
+    parser.add_argument("--only", default="raw,gloo,plain,f32,bf16,int8")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    result = measure(
+        options.only.split(","),
+        entries=options.entries,
+        rounds=options.rounds,
+        nodes=options.nodes,
+        load=options.load,
+    )
+    result["took_s"] = round(time.perf_counter() - began, 1)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
