@@ -22,7 +22,7 @@ import trio
 
 from benchmarks.ablations import ABLATIONS, HALVES, WHOLE
 from benchmarks.watched_mesh import Traffic, WatchedMesh, percentile, watched_mesh
-from mesh.core.messages import NodeId
+from mesh.core.messages import NodeId, State
 from mesh.net.simulated import Weather
 from mesh.virtual_time import run_seeded
 
@@ -35,6 +35,9 @@ SILENT_GOALS_S = {5: 5.0, 32: 7.0, 100: 10.0}
 KILLED_GOAL_S = 1.0
 NEVER_S = 120.0
 """A death that is not known to all by then ends the benchmark."""
+
+LOOK_S = 0.05
+"""How exactly the end of a minority's search is measured."""
 
 COST_S = 30.0
 """Virtual seconds over which messages are counted."""
@@ -113,6 +116,26 @@ def detection_s(
 
     with ABLATIONS[ablation]():
         return run_seeded(main, seed)
+
+
+def minority_s(seed: int, *, nodes: int, few: int) -> float:
+    """From the cut until each of the few lists all of the many as dead."""
+
+    async def main(rng: Random) -> float:
+        async with watched_mesh(rng, nodes) as mesh:
+            await mesh.live_rounds(ROUNDS_BEFORE)
+            order = rng.sample(sorted(mesh.nodes), nodes)
+            here, there = order[:few], order[few:]
+            mesh.network.partition(frozenset(here), frozenset(there))
+            began = trio.current_time()
+            with trio.fail_after(2 * NEVER_S):
+                while any(  # noqa: ASYNC110 (a state of many nodes has no one event)
+                    mesh.nodes[a].table[b].state < State.DEAD for a in here for b in there
+                ):
+                    await trio.sleep(LOOK_S)
+            return trio.current_time() - began
+
+    return run_seeded(main, seed)
 
 
 def blame(seed: int, *, stalls: Stalls, seconds: float, ablation: str = "") -> Blame:
@@ -257,6 +280,21 @@ def silent(runs: Runs) -> list[Line]:
     return lines
 
 
+def minority(runs: Runs) -> list[Line]:
+    lines = []
+    for nodes, few, seeds in ((5, 2, 20), (5, 1, 20), (20, 5, 4), (20, 1, 6)):
+        values = runs.of(minority_s, 2 if runs.quick else seeds, nodes=nodes, few=few)
+        lines.append(
+            Line(
+                experiment="minority",
+                setting=f"{few} of {nodes}",
+                runs=f"{len(values)}",
+                figures={"p50": percentile(values, 0.5), "max": max(values)},
+            )
+        )
+    return lines
+
+
 def false_deaths(runs: Runs) -> list[Line]:
     lines = []
     seeds, long_s, short_s = (1, 300.0, 150.0) if runs.quick else (4, 900.0, 300.0)
@@ -308,6 +346,7 @@ def costs(runs: Runs) -> list[Line]:
 EXPERIMENTS: dict[str, Callable[[Runs], list[Line]]] = {
     "killed": killed,
     "silent": silent,
+    "minority": minority,
     "false-deaths": false_deaths,
     "cost": costs,
 }

@@ -22,9 +22,11 @@ GOOD: Final = Weather()
 FOR_GOOD: Final = 0.25
 """Deaths after which the machine stays away, as a part of all."""
 
-LONG_NIGHTS: Final = 0.05
+MDNS_ENDS: Final = 0.4
+LONG_NIGHTS: Final = 0.02
 LONG_NIGHT_S: Final = 60.0
-"""A partition in which every rumour is given up: only who looks for the dead finds them again."""
+"""A partition in which every rumour is given up: only who looks for the dead finds them again. Lives that
+end in one have no process that began twice: one that did has the addresses of its last start."""
 
 LIVING: Final = 0.5
 """At least this part of the machines lives in the end."""
@@ -38,13 +40,15 @@ class Faults:
         self._rng = Random(mesh.rng.random())
         self._nursery = nursery
         self._healed = False
-        self._night = False
         self._moves = 0
         self._stalled: list[NodeId] = []
         self._countdowns: dict[NodeId, int] = {}
         self._every_s = self._rng.choice((0.2, 0.5, 1.0, 2.0))
         """mean time between two faults"""
-        self._ends_mdns = self._rng.random() < 0.4
+        luck = self._rng.random()
+        self._ends_mdns = luck < MDNS_ENDS
+        self._night_comes = luck < LONG_NIGHTS
+        self._night = False
         kinds: list[tuple[Callable[[], Awaitable[None]], float]] = [
             (self._weather, 3),
             (self._partition, 2),
@@ -64,6 +68,8 @@ class Faults:
         # Swarm testing (Groce et al. 2012): each seed has its own mix, some kinds not at all.
         self._kinds = [kind for kind, _ in kinds]
         self._odds = [odds * self._rng.choice((0, 0, 1, 1, 3)) for _, odds in kinds]
+        if self._night_comes:
+            self._never(self._crash, self._crash_at_an_await, self._vanish, self._leave)
         if not any(self._odds):
             self._odds[0] = 1
 
@@ -76,16 +82,19 @@ class Faults:
                 if self._ends_mdns and self._mesh.end_mdns():
                     self._ends_mdns = False
                     # Who leaves or moves where nobody announces himself has to be told of peers.
-                    for polite in (self._leave, self._move):
-                        self._odds[self._kinds.index(polite)] = 0
+                    self._never(self._leave, self._move)
                     self._odds[0] += 1
                 [strike] = self._rng.choices(self._kinds, self._odds)
                 await strike()
-        if self._mesh.mdns_over.is_set() and self._rng.random() < LONG_NIGHTS:
+        if self._night_comes and self._mesh.mdns_over.is_set():
             await self._partition()
             self._night = True
             await trio.sleep(LONG_NIGHT_S)
         self.heal()
+
+    def _never(self, *kinds: Callable[[], Awaitable[None]]) -> None:
+        for kind in kinds:
+            self._odds[self._kinds.index(kind)] = 0
 
     def heal(self) -> None:
         """Phase 2: the network is good, and every machine that should live does."""

@@ -204,6 +204,11 @@ async def dial(
 class Links:
     """All control connections of one node, by number."""
 
+    nursery: trio.Nursery
+    """The node's. Who says that a connection ended waits in it for room in the inbox: an end that is
+    never told would stay a connection in the core for ever, and the task of the connection itself may
+    be cancelled, with the address that it was accepted at."""
+
     def __init__(self, emit: Callable[[ev.Event], Awaitable[None]]) -> None:
         self._emit = emit
         self._links: dict[int, _Link] = {}
@@ -239,13 +244,10 @@ class Links:
         finally:
             del self._links[number]
             self._closed.set()
+            reason = link.reason or "connection closed"
+            lost = ev.PeerLost(node=stream.peer, connection=number, reason=reason, told=link.told)
+            self.nursery.start_soon(self._emit, lost)
             await stream.aclose()
-            with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_S):
-                reason = link.reason or "connection closed"
-                lost = ev.PeerLost(
-                    node=stream.peer, connection=number, reason=reason, told=link.told
-                )
-                await self._emit(lost)
 
     def send(self, number: int, message: ControlMessage) -> None:
         link = self._links.get(number)

@@ -120,7 +120,7 @@ class Node:
         self._started_at = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+                self._nursery = self._links.nursery = nursery
                 nursery.start_soon(self._transport.serve, self._welcome, self._listens)
                 await self.listening.wait()
                 if self._discovery is not None:

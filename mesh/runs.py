@@ -101,6 +101,11 @@ class Run:
     def name(self) -> str:
         return self.spec.run
 
+    @property
+    def initiated(self) -> list[Initiation]:
+        """Exchanges that this node began and has not finished."""
+        return [*self.unfinished.values(), *([self.current] if self.current else [])]
+
     def begin(self, effect: Begin, donor: str | None) -> None:
         """The replica holds its first weights: hand them to the training."""
         self.how = effect.how
@@ -135,8 +140,9 @@ class Run:
         self.tell({"event": "offered", "meets": self.meets, "peers": self.partners()})
 
     def crosses(self, index: int) -> bool:
-        """Whether our own request for this fragment is in flight: then both sides take half."""
-        return self.current is not None and index in self.current.in_doubt
+        """Whether our own request for this fragment is in flight, or its answer may wait for us where
+        a connection broke: then both sides take half."""
+        return any(index in record.in_doubt for record in self.initiated)
 
     def drift(self, replicas: int) -> float | None:
         """Consensus distance: RMS over replicas of the distance to their mean.

@@ -188,8 +188,7 @@ class SimulatedNode(Node):
             )
 
     def _check_run(self, run: Run) -> None:
-        records = [*run.unfinished.values(), *([run.current] if run.current else [])]
-        for record in records:
+        for record in run.initiated:
             if len(record.in_doubt) > WINDOW:
                 self._fail(f"{self.name} has {len(record.in_doubt)} fragments in doubt")
         if len(run.buffers._free) > WINDOW * self._most:

@@ -126,9 +126,8 @@ MUTANTS = {
     "incarnations are not kept": Mutant(
         Memory, "reserve_incarnations", starts_where_it_started_before, ("starts at incarnation",)
     ),
-    # A mesh has a second way to heal, the addresses of the last start, so few seeds tell.
     "the dead are never dialled again": Mutant(
-        Peers, "_search", looks_for_nobody, ("not healed",), 259
+        Peers, "_search", looks_for_nobody, ("not healed",), 66
     ),
     "silence is never a death": Mutant(Detector, "_judge", waits_for_ever, ("not healed",), 42),
 }

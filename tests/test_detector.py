@@ -127,7 +127,7 @@ def run_until(detector, until_s, now=0.0, answering=()):
                 if isinstance(finding.message, Ping):
                     detector.acknowledged(finding.node, finding.message.sequence, now)
                 elif isinstance(finding.message, PingRequest):
-                    detector.reported(finding.message.sequence, Verdict.SILENT, now)
+                    detector.reported(finding.node, finding.message.sequence, Verdict.SILENT, now)
     return found
 
 
@@ -148,13 +148,24 @@ def test_a_loop_that_is_a_little_late_forgives_nothing():
     assert health.score == 1
 
 
-def test_a_node_that_nobody_answers_trusts_its_own_ears_less_and_waits_longer():
+def test_a_node_that_living_helpers_do_not_answer_trusts_its_own_ears_less_and_waits_longer():
     detector = watching(A, B, C)
-    run_until(detector, 60.0)
+    probes, now = [], 0.0
+    while now < 120.0:
+        for node in (B, C):
+            detector.heard(node, now)
+        now = min(now + 0.1, detector.next_deadline())
+        probes += [now for f in detector.on_deadline(now, 0) if type(f) is Tell and f.node == A]
     assert detector.health.score == WORST - 1
-    probes = [t for t, f in run_until(detector, 120.0, 60.0) if type(f) is Tell and f.node == A]
-    assert probes
-    assert max(b - a for a, b in pairwise(sorted(set(probes)))) >= WORST * PROBE_INTERVAL_S / 2
+    assert max(b - a for a, b in pairwise(probes)) >= WORST * PROBE_INTERVAL_S / 2
+
+
+def test_a_node_that_hears_nobody_at_all_accuses_each_of_them_as_fast_as_ever():
+    nodes = [NodeId(f"{k:02}" * 8) for k in range(20)]
+    detector = watching(*nodes)
+    accused = {f.node for _, f in run_until(detector, 7.0) if isinstance(f, Silent)}
+    assert accused == set(nodes), "helpers that are silent are probed at once"
+    assert detector.health.score == 0
 
 
 def test_helpers_that_report_silence_vouch_for_the_ears_of_who_asked():
@@ -229,7 +240,10 @@ def test_a_helper_that_reached_it_clears_it():
         now = detector.next_deadline()
         found = detector.on_deadline(now, 0)
     [request] = [f.message for f in found if isinstance(f.message, PingRequest)]
-    assert detector.reported(request.sequence, Verdict.REACHED, now) == []
+    helper = next(n for n in (A, B) if n != request.node)
+    stranger = detector.reported(C, request.sequence, Verdict.REFUSED, now)
+    assert stranger == [], "nobody asked it"
+    assert detector.reported(helper, request.sequence, Verdict.REACHED, now) == []
     found = run_until(detector, now + 0.6, now)
     assert not any(isinstance(f, Silent) and f.node == request.node for _, f in found)
 
@@ -241,7 +255,7 @@ def test_a_refused_connection_is_a_death_only_if_another_member_is_refused_as_we
         [request] = detector.refused(A, 0.0, "connection refused")
         assert request.node == B
         assert request.message.node == A
-        found = detector.reported(request.message.sequence, verdict, 0.1)
+        found = detector.reported(B, request.message.sequence, verdict, 0.1)
         later = [f for _, f in run_until(detector, 1.05, 0.1, answering=(B,))]
         if verdict is Verdict.REFUSED:
             assert isinstance(found[0], Gone)
@@ -451,6 +465,18 @@ def test_a_silent_member_is_suspect_then_dead_at_all_within_five_seconds():
     wires.run(cut_at + 5.5)
     assert {wires.states(node)[C] for node in (ME, A, B)} == {"dead"}
     assert len(wires.deaths(C)) >= 1
+
+
+@pytest.mark.parametrize(("count", "few", "within_s"), [(5, 2, 7.5), (5, 1, 9.0), (20, 1, 13.5)])
+def test_a_minority_finds_all_the_others_dead_about_as_soon_as_one(count, few, within_s):
+    nodes = [NodeId(f"{k:04}" * 4) for k in range(count)]
+    wires = joined(*nodes)
+    wires.silent.update(nodes[few:])
+    wires.run(wires.now + within_s)
+    for node in nodes[:few]:
+        states = wires.states(node)
+        assert {states[other] for other in nodes[:few] if other != node} <= {"alive"}
+        assert {states[other] for other in nodes[few:]} == {"dead"}
 
 
 def test_a_process_stopped_for_three_seconds_is_suspect_and_refutes_and_nobody_calls_it_dead():

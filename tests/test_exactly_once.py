@@ -6,7 +6,7 @@ import trio
 
 from mesh import replica
 from mesh.core import exchange
-from mesh.core.messages import WINDOW
+from mesh.core.messages import WINDOW, NodeId
 from mesh.net.simulated import Weather
 from tests.mesh_in_memory import memory_mesh, run_seeded, until
 
@@ -114,6 +114,21 @@ def test_a_responder_that_applies_a_repeated_fragment_twice_fails_the_same_test(
         except AssertionError:
             failures += 1
     assert failures > len(SEEDS) // 2
+
+
+def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight():
+    async def main(rng):
+        async with memory_mesh(rng, 1) as mesh:
+            run = (await mesh.attach(1, dyadic(1))).run
+            asked = exchange.Initiation(
+                exchange=1, peer=NodeId("a" * 16), fragments=run.replica.fragments, pull=False
+            )
+            asked.fragment_sent()
+            asked.connection_lost()
+            run.unfinished[asked.peer] = asked
+            return [run.crosses(index) for index in (0, 1)]
+
+    assert run_seeded(main, 1) == [True, False]
 
 
 def test_no_more_than_the_window_is_ever_in_doubt():

@@ -270,9 +270,10 @@ def test_of_two_processes_with_one_identity_the_older_is_heard_again_when_the_yo
 def test_a_process_that_began_again_is_not_called_dead_for_the_one_before():
     detector = quiet_detector()
     detector.disconnected(NODES[0])
-    request = detector.refused(NODES[0], 0.0, "refused")[0].message
+    [request, *_] = detector.refused(NODES[0], 0.0, "refused")
     detector.cleared(NODES[0])  # its new row came with the news, before its connection
-    assert detector.reported(request.sequence, Verdict.REFUSED, 0.1) == []
+    sequence = request.message.sequence
+    assert detector.reported(request.node, sequence, Verdict.REFUSED, 0.1) == []
 
 
 def test_who_has_no_row_is_not_watched_for_ever():

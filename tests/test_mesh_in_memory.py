@@ -1,5 +1,6 @@
 """Whole nodes over the simulated network: finding, losing, first weights, reasons. Virtual time."""
 
+import contextlib
 from random import Random
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import trio
 
 from mesh import replica
+from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.messages import (
     SchemaEntry,
@@ -128,6 +130,31 @@ def test_a_peer_that_hangs_up_at_once_again_and_again_is_dialled_ever_more_slowl
             assert losses < 60
 
     run_seeded(main, 21)
+
+
+def test_an_end_is_told_however_long_the_inbox_was_full():
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            await until(lambda: alive_everywhere(mesh), 2.0)
+            node, gate = mesh.nodes[1], trio.Event()
+            next_event = node._next_event
+
+            async def held():
+                await gate.wait()
+                return await next_event()
+
+            node._next_event = held
+            await trio.sleep(2.0)  # the loop is held by now
+            with contextlib.suppress(trio.WouldBlock):
+                while True:
+                    node._put.send_nowait(ev.WeightsServed(run="another"))
+            mesh.crash(2)
+            await trio.sleep(10.0)
+            assert node._protocol.peers.contacts.connections
+            gate.set()
+            await until(lambda: not node._protocol.peers.contacts.connections, 1.0)
+
+    run_seeded(main, 22)
 
 
 def test_an_address_that_leads_back_here_is_dropped_and_no_twin():

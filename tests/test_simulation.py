@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import trio
 
-from mesh.codec import Float32
 from mesh.core.exchange import Initiation
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
 from mesh.simulation import simulate
@@ -101,7 +100,7 @@ class Exchange:
         replica = WatchedReplica(FRAGMENT_ENTRIES, name * 8, 1.0, self.ledger)
         self.ledger.born(replica)
         replica.fill(np.full(FRAGMENT_ENTRIES, value, dtype=np.float32))
-        replica.run = SimpleNamespace(current=None)
+        replica.run = SimpleNamespace(current=None, initiated=[])
         return replica
 
     def answer(self, share=0.5, *, exchange=1, halved=False, crosses=False):
@@ -111,9 +110,9 @@ class Exchange:
             exchange=exchange, peer=self.b.node, fragments=1, pull=False
         )
         own = Initiation(exchange=9, peer=self.a.node, fragments=1, pull=False, sent_once=1)
-        self.b.run.current = own if crosses else None
+        self.b.run.initiated = [own] if crosses else []
         body, reply = (memoryview(bytearray(4 * FRAGMENT_ENTRIES)) for _ in range(2))
-        Float32().encode(self.a.weights, body)
+        self.a.write(0, body)
         self.b.answer(0, body, share, reply)
         self.ledger.answered(self.b, (self.a.node, exchange, 0), bytes(reply), halved)
         return reply
@@ -202,6 +201,18 @@ def test_the_ledger_sees(violate, said):
     exchange = Exchange()
     violate(exchange)
     assert any(words in exchange.violations() for words in said.split("|")), exchange.said
+
+
+def test_what_a_training_posts_while_a_delta_is_on_its_way_went_in_as_well():
+    exchange = Exchange()
+    delta = exchange.answer()
+    four, nothing = (np.full(FRAGMENT_ENTRIES, value, dtype=np.float32) for value in (4, 0))
+    exchange.a.progress(0, four, nothing)
+    exchange.a.apply(0, delta, 0.5)
+    assert exchange.a.weights.tolist() == [6.0] * FRAGMENT_ENTRIES
+    assert exchange.said == []
+    exchange.b.answer(0, memoryview(exchange.a.weights.tobytes()), 1.2, delta)
+    assert "left the hull" in " ".join(exchange.said), "and no further"
 
 
 def test_what_a_crash_takes_with_it_is_what_was_in_doubt():

@@ -13,7 +13,7 @@ connection is a death only if another member is refused as well, or there is no 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from mesh.core.findings import Finding, Gone, Reach, Silent, Tell
@@ -71,8 +71,8 @@ class _Probe:
     """in whose place, and its number for it"""
     refused: bool = False
     """it began with a refused connection: one more and the member is gone"""
-    helpers: int = 0
-    nacks: int = 0
+    asked: list[NodeId] = field(default_factory=list)
+    """helpers that have not said a word about it yet"""
 
 
 class Detector:
@@ -181,7 +181,7 @@ class Detector:
             ask_at=math.inf,
             fail_at=now + PROBE_INTERVAL_S * self.health.multiplier,
             refused=True,
-            helpers=len(helpers),
+            asked=helpers,
         )
         return findings + self._ask(self._sequence, node, helpers)
 
@@ -210,13 +210,15 @@ class Detector:
             return [Reach(node=node)]
         return [Tell(node=node, message=Ping(sequence=self._sequence, table=table))]
 
-    def reported(self, sequence: int, verdict: Verdict, now: float) -> list[Finding]:
+    def reported(
+        self, helper: NodeId, sequence: int, verdict: Verdict, now: float
+    ) -> list[Finding]:
         """What a helper found."""
         probe = self._probes.get(sequence)
-        if probe is None or probe.asker is not None:
+        if probe is None or helper not in probe.asked:
             return []
         if verdict is Verdict.SILENT:
-            probe.nacks += 1
+            probe.asked.remove(helper)
             return []
         del self._probes[sequence]
         if verdict is Verdict.REACHED:
@@ -268,13 +270,12 @@ class Detector:
         findings: list[Finding] = []
         for sequence, probe in list(self._probes.items()):
             if now >= probe.fail_at:
-                findings += self._failed(sequence, probe)
+                findings += self._failed(sequence, probe, now, table)
             elif now >= probe.ask_at:
                 probe.ask_at = math.inf
                 if not self._heard_since(probe):
-                    helpers = self._helpers(probe.node)
-                    probe.helpers = len(helpers)
-                    findings += self._ask(sequence, probe.node, helpers)
+                    probe.asked = self._helpers(probe.node)
+                    findings += self._ask(sequence, probe.node, probe.asked)
         for node, suspicion in list(self._suspicions.items()):
             if now >= suspicion.deadline:
                 findings += self._judge(node, suspicion, now)
@@ -336,15 +337,21 @@ class Detector:
             return []
         return [Tell(node=node, message=Ping(sequence=self._sequence, table=table))]
 
-    def _failed(self, sequence: int, probe: _Probe) -> list[Finding]:
+    def _failed(self, sequence: int, probe: _Probe, now: float, table: int) -> list[Finding]:
         if probe.asker is not None:
             return self._report(sequence, Verdict.SILENT)
         del self._probes[sequence]
         if self._heard_since(probe):
             return []
-        # Helpers that did not even say "silent" are a sign that this node hears badly.
-        self.health.change(probe.helpers - probe.nacks if probe.helpers else 1)
-        return [Silent(node=probe.node, since=probe.due_at)]
+        findings: list[Finding] = [Silent(node=probe.node, since=probe.due_at)]
+        for helper in probe.asked:
+            watch = self._watches.get(helper)
+            if watch is not None and watch.heard_at > probe.due_at:
+                # It lives and did not even say "silent": a sign that this node hears badly.
+                self.health.change(+1)
+            elif watch is not None:
+                findings += self._probe(helper, now, table)  # it may have gone as well
+        return findings
 
     def _judge(self, node: NodeId, suspicion: Suspicion, now: float) -> list[Finding]:
         watch = self._watches.get(node)

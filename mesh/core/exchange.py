@@ -10,7 +10,7 @@ Rules: 1. Both sides apply the same delta, additively, so sum(p * w) stays whate
 meanwhile. 2. Each side applies each (exchange, k) once: i takes deltas strictly in order, j answers
 a fragment that it has applied from the kept reply. 3. At most WINDOW fragments are in doubt: i sends
 k only while k < received + WINDOW, j refuses more. 4. Where requests cross (j's own request for k is
-in flight) both take half, or two nodes would swap their values instead of meeting.
+in doubt) both take half, or two nodes would swap their values instead of meeting.
 
 After a lost connection i opens the same exchange again with `start` = the deltas it has applied.
 Sources: exactly-once pairwise averaging after Jesus, Baquero, Almeida (Flow Updating, 2015) in the

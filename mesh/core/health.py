@@ -2,8 +2,9 @@
 
 Rules: 1. A node that was stopped, starved or cut off must not take it for the deaths of others: its
 score makes it wait longer before it accuses. 2. The score rises where only this node can be at fault
-(its loop ran late, nobody acknowledges, helpers do not even answer, others suspect it) and falls with
-each probe that is acknowledged.
+(its loop ran late, helpers that live do not even answer, others suspect it) and falls with each probe
+that is acknowledged. 3. That nobody at all is heard is no such sign: a minority that is cut off, or a
+lone survivor, would need minutes to find it out.
 """
 
 WORST = 8

@@ -171,7 +171,7 @@ class MeshProtocol:
                 found = detector.requested(node, message.sequence, message.node, now, table)
                 return peers.found(found, now)
             case PingReport():
-                found = detector.reported(message.sequence, message.verdict, now)
+                found = detector.reported(node, message.sequence, message.verdict, now)
                 return peers.found(found, now)
             case Members():
                 return peers.merge(message.members, source=node, now=now)
