@@ -128,17 +128,22 @@ class Machine:
         return process
 
     def node(
-        self, name: str, *, peer: RunningNode | None = None, module: str = "mesh"
+        self,
+        name: str,
+        *,
+        peer: RunningNode | None = None,
+        mdns: bool = False,
+        module: str = "mesh",
     ) -> tuple[RunningNode, Process]:
         """A node that is up and knows `peer`; `module` runs it in place of `python -m mesh`."""
         state = self.member(name)
         peers = () if peer is None else (parse_address(addresses_of(peer)[0]),)
-        settings = NodeSettings(state=state, interfaces=(LOOPBACK,), mdns=False, peers=peers)
+        settings = NodeSettings(state=state, interfaces=(LOOPBACK,), mdns=mdns, peers=peers)
         process = self.spawn("-m", module, settings.to_json())
         until(lambda: _is_up(state, process.pid), f"{name} is up")
         running = node_of_state(state)
         if peer is not None:
-            until(lambda: status(running)["peers"]["alive"] > 0, "they know each other")
+            until(lambda: alive(running) > 0, "they know each other")
         return running, process
 
     def starting_trainee(self, state: Path | None, **about: Any) -> Process:
@@ -185,6 +190,11 @@ def _is_up(state: Path, pid: int) -> bool:
 
 def status(node: RunningNode) -> dict[str, Any]:
     return ask(node, "status", timeout_s=START_S)
+
+
+def alive(node: RunningNode) -> int:
+    """How many others this node lists as alive."""
+    return int(status(node)["peers"]["alive"])
 
 
 def run_of(node: RunningNode) -> dict[str, Any]:

@@ -63,10 +63,35 @@ class Names:
         return torch.nn.functional.nll_loss(torch.log_softmax(answer, 1), target)
 
 
+class Linear:
+    """As small as a model gets: that of start.py's script."""
+
+    def __init__(self) -> None:
+        self.model: torch.nn.Module = torch.nn.Linear(64, 10)
+        self._rows = torch.randn(8, 64)
+
+    def loss(self) -> torch.Tensor:
+        result: torch.Tensor = self.model(self._rows).square().mean()
+        return result
+
+
+Task = Mlp | Names | Linear
+
+
+def _task(about: dict[str, Any]) -> Task:
+    match about["model"]:
+        case "mlp":
+            return Mlp(about["parameters"], about["batch"])
+        case "rnn":
+            return Names()
+        case _:
+            return Linear()
+
+
 class Trainee:
     """A model, its optimizer and its node."""
 
-    def __init__(self, task: Mlp | Names, node: "mesh.JoinedNode | None") -> None:
+    def __init__(self, task: Task, node: "mesh.JoinedNode | None") -> None:
         self._task = task
         self._optimizer = torch.optim.SGD(task.model.parameters(), lr=RATE)
         self._node = node
@@ -104,7 +129,7 @@ def main() -> None:
     about = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    task = Mlp(about["parameters"], about["batch"]) if about["model"] == "mlp" else Names()
+    task = _task(about)
     with contextlib.ExitStack() as stack:
         node = None
         if about["state"] is not None:
