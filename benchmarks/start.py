@@ -9,7 +9,7 @@ same round. CPU time stands beside: on a busy machine that is what can be compar
 as a shell starts it, with a fresh interpreter; nothing is kept warm but the disk.
 """
 
-import os
+import resource
 import subprocess
 import sys
 import time
@@ -40,7 +40,7 @@ with mesh.join(model, optimizer, run="benchmark") as node:
 
 def timed(own: Machine, *arguments: str) -> tuple[float, float]:
     """(seconds, seconds of CPU) of one Python process from nothing to its end."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, *arguments],
@@ -50,9 +50,9 @@ def timed(own: Machine, *arguments: str) -> tuple[float, float]:
         check=True,
     )
     wall_s = time.perf_counter() - began
-    after = os.times()
-    used_s = after.children_user + after.children_system
-    return wall_s, used_s - before.children_user - before.children_system
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall_s, used_s
 
 
 def ask_the_shell(own: Machine, rounds: int) -> list[Figure]:
