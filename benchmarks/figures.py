@@ -9,13 +9,24 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 ROUNDS = 7
 ROUNDS_QUICK = 2
+ROUNDS_LEAST = 3
 median = statistics.median
+
+
+def bounded(rounds: int, seconds: float) -> Iterator[int]:
+    """Numbers of rounds: after `seconds` no further one begins, but for the first three."""
+    until = time.monotonic() + seconds
+    for index in range(rounds):
+        if index >= ROUNDS_LEAST and time.monotonic() > until:
+            break
+        yield index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ be, know all machines beforehand and are connected before the first byte. 2. Non
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -226,7 +226,7 @@ async def _rounds(players: list[Player], cards: Cards) -> dict[str, Cost]:
 
 
 async def receive_exactly(stream: Stream, into: Floats) -> None:
-    view = memoryview(into).cast("B")
+    view = into.data.cast("B")
     while view:
         view = view[await stream.receive_into(view) :]
 
@@ -267,7 +267,7 @@ async def ring(rng: Random, count: int) -> dict[str, Cost]:
             given, taken = parts[(own - step) % count], parts[(own - step - 1) % count]
             heard = np.empty_like(taken)
             async with trio.open_nursery() as both:
-                both.start_soon(right.send_all, memoryview(given))
+                both.start_soon(right.send_all, given.data)
                 await receive_exactly(left, heard)
             taken[:] = heard + taken if step < count - 1 else heard
         models[own] /= count
@@ -298,10 +298,10 @@ async def server(rng: Random, count: int) -> dict[str, Cost]:
             total[:] /= count
             whole.set()
         await whole.wait()
-        await stream.send_all(memoryview(total))
+        await stream.send_all(total.data)
 
     async def work(own: int, stream: Stream) -> None:
-        await stream.send_all(memoryview(models[own]))
+        await stream.send_all(models[own].data)
         await receive_exactly(stream, models[own])
 
     pairs = [(index, count) for index in range(count)]
@@ -312,7 +312,7 @@ async def server(rng: Random, count: int) -> dict[str, Cost]:
 
 
 async def _once(
-    lives: list[Callable[[], Awaitable[None]]], models: list[Floats], cards: Cards
+    lives: Sequence[Callable[[], Awaitable[None]]], models: list[Floats], cards: Cards
 ) -> dict[str, Cost]:
     """Both of them are exact: one round is all it takes."""
     cost = Cost()

@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.figures import ROUNDS, ROUNDS_QUICK, Figure, median, parser, present, run
+from benchmarks.figures import ROUNDS, ROUNDS_QUICK, Figure, bounded, median, parser, present, run
 from benchmarks.machine import Machine, Process, machine, run_of, status, until
 
 PARAMETERS = 100_000_000
 PARAMETERS_QUICK = 100_000
 GOAL_MS = 10.0
 REST_S = 1.0
+PHASE_S = 18.0
+"""Of rounds, for each of the four phases: on a machine with other work they are fewer."""
+
 TRAINED_STEPS = 16
 """Of one round: two hand-overs."""
 
@@ -77,9 +80,9 @@ def measure(own: Machine, parameters: int, rounds: int) -> list[Figure]:
         time.sleep(REST_S)
 
     train()  # touches every page once
-    found = figures_of("at rest", [ticks.during(wait) for _ in range(rounds)])
+    found = figures_of("at rest", [ticks.during(wait) for _ in bounded(rounds, PHASE_S)])
     calls.clear()
-    found += figures_of("hand-over", [ticks.during(train) for _ in range(rounds)])
+    found += figures_of("hand-over", [ticks.during(train) for _ in bounded(rounds, PHASE_S)])
     second, _ = own.node("two", peer=first)
     other = own.trainee(second.state, **task)
     until(lambda: run_of(second)["exchanges"]["pulled"], "its first weights came from here")
@@ -90,11 +93,11 @@ def measure(own: Machine, parameters: int, rounds: int) -> list[Figure]:
         until(lambda: run_of(first)["exchanges"]["answered"] > before, "an exchange is over")
 
     others_train()
-    answered = [ticks.during(others_train) for _ in range(rounds)]
+    answered = [ticks.during(others_train) for _ in bounded(rounds, PHASE_S)]
     found += figures_of("exchange", answered)
     other.tell(steps=None, mesh=True)
     before = _exchanges(run_of(first))
-    both = [ticks.during(train) for _ in range(rounds)]
+    both = [ticks.during(train) for _ in bounded(rounds, PHASE_S)]
     done = _exchanges(run_of(first)) - before
     other.do(steps=0, mesh=False)
     other.hear()

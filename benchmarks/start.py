@@ -16,7 +16,7 @@ import sys
 import time
 from statistics import mean
 
-from benchmarks.figures import ROUNDS, ROUNDS_QUICK, Figure, median, parser, present, run
+from benchmarks.figures import ROUNDS, ROUNDS_QUICK, Figure, bounded, median, parser, present, run
 from benchmarks.machine import LOOPBACK, STOP_S, Machine, alive, machine, until
 from mesh.client import RunningNode
 
@@ -105,10 +105,7 @@ def first_exchange(own: Machine, first: RunningNode, rounds: int) -> list[Figure
     own.trainee(first.state, model="linear")
     torch_s: list[float] = []
     more_s: list[float] = []
-    until_s = time.monotonic() + EXCHANGE_S
-    for index in range(rounds):
-        if time.monotonic() > until_s:
-            break
+    for index in bounded(rounds, EXCHANGE_S):
         state = own.member(f"runner{index}")
         began = time.monotonic()
         process = own.spawn("-c", TORCH + SAY)
