@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh.errors import MeshError, NodeNotRunning, UsageError
-from mesh.places import host_directory, is_ours, state_directory
+from mesh.places import host_directory, state_directory
 
 ANSWER_S = 5.0
 """A node answers in a millisecond; one that does not in 5 s is stopped or stuck."""
@@ -126,8 +126,11 @@ def node_of_state(state: Path) -> RunningNode:
 def running_nodes() -> list[RunningNode]:
     """All nodes of this user on this machine, by name. Entries of dead processes are left out."""
     found = []
-    directory = host_directory()
-    for entry in sorted(directory.glob("*.json")) if is_ours(directory) else []:
+    try:
+        entries = sorted(host_directory().glob("*.json"))
+    except OSError:
+        entries = []
+    for entry in entries:
         try:
             state = Path(json.loads(entry.read_bytes())["state"])
             found.append(node_of_state(state))

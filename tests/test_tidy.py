@@ -72,6 +72,7 @@ HOMES = {
     "cryptography": ["mesh/identity.py"],
     # The demo's training is a script such as users write; the programs around it load no torch.
     "torch": ["mesh/training.py", "mesh/tensors.py", "nodes/demo_training.py"],
+    "platformdirs": ["mesh/places.py"],
     "argparse": ["nodes/cli.py"],
     "rich": ["nodes"],
 }
