@@ -2,13 +2,15 @@
 # make test   lint, types and every test, in under ten minutes on two cores
 # make faults real faults on real nodes, at full length: twenty minutes, as root (FAULTS="--only kill")
 # make reliability  how soon deaths are found, how often wrongly, at what cost: in virtual time
+# make bench  what averaging costs in time, memory and patience, as a table and JSON each: ten minutes
 # make soak   SEEDS=1000 simulated lives of a mesh under faults
 PYTHON ?= python3
 BIN := .venv/bin
 
 SEEDS ?= 1000
+BENCHMARKS ?= overhead stall memory start growth
 
-.PHONY: demo test faults reliability soak lint format clean
+.PHONY: demo test faults reliability bench soak lint format clean
 
 demo: .venv/ready
 	$(BIN)/mesh demo
@@ -21,6 +23,10 @@ faults: .venv/ready
 
 reliability: .venv/ready
 	$(BIN)/python -m benchmarks.reliability $(RELIABILITY)
+
+# One that missed a goal does not keep the others from being measured.
+bench: .venv/ready
+	-for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || test $$? = 1 || exit; done
 
 soak: .venv/ready
 	$(BIN)/mesh sim --seeds $(SEEDS)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
         rename,
     )
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
+    from mesh.places import state_directory
     from mesh.process import run_node
-    from mesh.settings import NodeSettings, parse_address, state_directory
+    from mesh.settings import NodeSettings, parse_address
     from mesh.simulation import SimulationReport, simulate
     from mesh.training import JoinedNode, Statistics, join
 
@@ -43,7 +44,7 @@ _HOMES = {
     "Statistics": "training",
     "NodeSettings": "settings",
     "parse_address": "settings",
-    "state_directory": "settings",
+    "state_directory": "places",
     "create_mesh": "identity",
     "join_mesh": "identity",
     "leave_mesh": "identity",

@@ -23,7 +23,8 @@ from mesh.memory import PEERS_KEPT, Memory
 from mesh.net.mdns import MdnsDiscovery
 from mesh.net.tcp import TcpTransport
 from mesh.node import Node
-from mesh.settings import NodeSettings, host_directory
+from mesh.places import host_directory
+from mesh.settings import NodeSettings
 from mesh.storage import StateDirectory, private_directory
 
 SOCKET_PATH_LIMIT: Final = 100

@@ -1,19 +1,13 @@
-"""Settings of a node, checked where they enter. Frozen; nothing else reads flags or variables.
-
-The `mesh` command imports this file to find a running node, so it imports little.
-"""
+"""Settings of a node, checked where they enter. Frozen; nothing else reads flags or variables."""
 
 import json
-import os
 import socket
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import platformdirs
-
 from mesh.core.address import Address
 from mesh.errors import UsageError
+from mesh.places import state_directory
 
 DEFAULT_PORT = 7710
 """Tried first, so that a firewall rule can name it; a second node on a machine takes any free port."""
@@ -21,21 +15,6 @@ DEFAULT_PORT = 7710
 NAME_LIMIT = 32
 INTERFACES_LIMIT = 8
 PEERS_LIMIT = 64
-
-
-def state_directory(given: str | os.PathLike[str] | None = None) -> Path:
-    """Where a node's identity and state live: `given`, else $MESH_STATE, else this user's default."""
-    chosen = given or os.environ.get("MESH_STATE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return platformdirs.user_state_path("gossipmesh") / "node"
-
-
-def host_directory() -> Path:
-    """Where the nodes that run on this machine under this user are listed, one file each."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without XDG_RUNTIME_DIR it is below /tmp, checked as ours
-        return platformdirs.user_runtime_path("gossipmesh")
 
 
 def parse_address(text: str) -> Address:

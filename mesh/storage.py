@@ -23,7 +23,7 @@ from mesh.core.messages import (
 from mesh.disk import write_whole
 from mesh.errors import MeshError, UsageError
 from mesh.memory import Memory
-from mesh.settings import host_directory
+from mesh.places import host_directory
 
 OWN_FILES = {"node.pem", "mesh.json", "lock", "incarnation"}
 """By these a state directory of ours is known."""

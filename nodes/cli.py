@@ -10,8 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mesh
 from nodes import text
@@ -19,8 +18,7 @@ from nodes import text
 EXIT_ERROR, EXIT_USAGE, EXIT_NO_NODE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """One subcommand: its flags and what it does."""
 
     help: str
@@ -150,7 +148,7 @@ def _sim_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
-def _settings(arguments: argparse.Namespace) -> mesh.NodeSettings:
+def _settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":
     return mesh.NodeSettings(
         state=mesh.state_directory(arguments.state),
         name=arguments.name,
