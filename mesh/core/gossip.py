@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 
 from mesh.core import events as ev
-from mesh.core.contacts import Connection
+from mesh.core.contacts import Connection, Contacts
 from mesh.core.membership import Membership
 from mesh.core.messages import (
     ControlMessage,
@@ -35,9 +35,9 @@ GOSSIP_S = 0.2
 """In a large mesh what was heard is passed on together, this often (memberlist's GossipInterval): a
 node's messages do not grow with the number of those that publish."""
 
-COMPARE_S = 0.5
-"""In a large mesh, between two push/pulls that a node begins: a newcomer with eight connections would
-ask for the same thousand rows eight times."""
+ASK_S = 0.5
+"""In a large mesh, between two times that a node asks for rows, by a push/pull that it begins or by
+Wanted: a newcomer that 25 others compare tables with would ask each for the same thousand rows."""
 
 ANSWER_S = 0.1
 """Between two answers of one kind to one peer: a table of 4096 rows takes 0.1 s of the loop, and a
@@ -72,18 +72,17 @@ def pages(rows: Sequence[Member]) -> list[Members]:
 
 
 class Gossip:
-    """Chooses who hears what. `connections` and `membership` belong to the protocol; read only."""
+    """Chooses who hears what. `contacts` and `membership` belong to the protocol; read only."""
 
-    def __init__(
-        self, membership: Membership, connections: Mapping[NodeId, Connection], rng: Random
-    ) -> None:
+    def __init__(self, membership: Membership, contacts: Contacts, rng: Random) -> None:
         self._membership = membership
-        self._connections = connections
+        self._contacts = contacts
+        self._connections: Mapping[NodeId, Connection] = contacts.connections
         self._rng = rng
         self._heard: dict[NodeId, None] = {}
         """whose rows are to be passed on, in a large mesh"""
         self._pass_on_at = math.inf
-        self._compare_at = -math.inf
+        self._ask_at = -math.inf
         self._asked: dict[NodeId, tuple[type, float]] = {}
         """what each peer asked for last, and when"""
 
@@ -124,10 +123,8 @@ class Gossip:
 
     def compare(self, node: NodeId, table: int, now: float) -> list[ev.Effect]:
         """A peer's fingerprint arrived: where it is not ours, begins a push/pull."""
-        if table == self._membership.fingerprint or now < self._compare_at:
+        if table == self._membership.fingerprint or not self._may_ask(now):
             return []
-        if self._membership.large:
-            self._compare_at = now + COMPARE_S
         return self.send(node, Versions(versions=self._membership.versions(now)))
 
     def answer(self, node: NodeId, message: Versions | Wanted, now: float) -> list[ev.Effect]:
@@ -141,7 +138,16 @@ class Gossip:
             return self.send(node, *pages(self._membership.rows_of(message.versions, now)))
         lacked, wanted = self._membership.compare(message.versions, now)
         effects = self.send(node, *pages(lacked))
-        return effects + (self.send(node, Wanted(versions=wanted)) if wanted else [])
+        if wanted and self._may_ask(now):
+            effects += self.send(node, Wanted(versions=wanted))
+        return effects
+
+    def _may_ask(self, now: float) -> bool:
+        if now < self._ask_at:
+            return False
+        if self._contacts.limited:  # before the table knows how large the mesh is, mDNS does
+            self._ask_at = now + ASK_S
+        return True
 
     def _few(self, source: NodeId | None) -> list[NodeId]:
         others = sorted(node for node in self._connections if node != source)

@@ -38,7 +38,7 @@ class Peers:
         self.membership = Membership(own)
         self.contacts = Contacts(own.node, rng)
         self.detector = Detector(rng)
-        self.gossip = Gossip(self.membership, self.contacts.connections, rng)
+        self.gossip = Gossip(self.membership, self.contacts, rng)
         self.strangers = Strangers()
         self.twins = Twins()
         self.reasons: dict[NodeId, str] = {}
