@@ -11,7 +11,8 @@ import math
 import socket
 import struct
 from collections.abc import Callable
-from enum import IntEnum
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -60,6 +61,12 @@ HEADER_LIMIT_BYTES: Final = 64 * 1024
 
 BODY_LIMIT_BYTES: Final = 4 * FRAGMENT_ENTRIES
 """Body of any frame: one fragment of float32, the widest codec."""
+
+ROWS_LIMIT: Final = 64
+"""Rows of one frame."""
+
+USUAL_ROW_BYTES: Final = 1024
+"""Longer rows are not kept: a member that invents them must not fill 40 MB here."""
 
 Check = Callable[[Any], Any]
 T = TypeVar("T")
@@ -143,10 +150,18 @@ def _record(kind: type[T], **checks: Check) -> Callable[[Any], T]:
 _counter = _whole(0, 2**63)
 _index = _whole(0, 2**32)
 _version = _whole(0, 2**64 - 1)
-_versions = _many(_version, MEMBERS_LIMIT + 1)
 _run_name = _text(64)
 _reason = _text(500)
 _name = _text(64)
+
+
+def _versions(value: Any) -> tuple[int, ...]:
+    """A table's worth of _version, at the speed of C: a large mesh swaps them all day long."""
+    if type(value) is not list or len(value) > MEMBERS_LIMIT + 1:
+        raise _Invalid(f"a list of at most {MEMBERS_LIMIT + 1}")
+    if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) >= 2**64):
+        raise _Invalid("whole numbers of 64 bits")
+    return tuple(value)
 
 
 def _accusers(value: Any) -> tuple[NodeId, ...]:
@@ -205,7 +220,7 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     # The position is the number on the wire. ONLY APPEND TO THIS LIST.
     (Hello, _hello_of_any_version),
     (Refusal, _record(Refusal, reason=_reason)),
-    (Members, _record(Members, members=_many(_member, 64))),
+    (Members, _record(Members, members=_many(_member, ROWS_LIMIT))),
     (Ping, _record(Ping, sequence=_counter, table=_version)),
     (Ack, _record(Ack, sequence=_counter, table=_version)),
     (SchemaRequest, _record(SchemaRequest, run=_run_name, start=_index)),
@@ -245,25 +260,39 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     (Wanted, _record(Wanted, versions=_versions)),
     (IdentityTaken, _record(IdentityTaken, addresses=_many(_address, 16))),
 )
+_NOT_MSGPACK: Final = (ValueError, TypeError, msgpack.UnpackException)
 _NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses as lists of their fields, in order of declaration."""
-    kind = type(value)
-    if kind is str or kind is int or kind is bool:
-        return value
-    if kind is tuple:
-        return [_plain(item) for item in value]
-    slots = getattr(kind, "__dataclass_fields__", None)
-    if slots is None:
-        return int(value) if isinstance(value, IntEnum) else value
-    return [_plain(getattr(value, name)) for name in slots]
+def _fields(value: Any) -> list[Any]:
+    """A dataclass as the list of its fields, in order of declaration; msgpack asks for each."""
+    return [getattr(value, name) for name in value.__dataclass_fields__]
+
+
+_MEMBERS: Final = bytes((0x92, _NUMBERS[Members]))
+"""How a frame of rows begins: a list of two, and the message's number."""
+
+
+@lru_cache(maxsize=MEMBERS_LIMIT)
+def _packed(row: Member) -> bytes:
+    """A row on the wire. Kept: each newcomer to a mesh of a thousand is told all of them."""
+    packed: bytes = msgpack.packb(_fields(row), default=_fields)
+    return packed
+
+
+@lru_cache(maxsize=MEMBERS_LIMIT)
+def _unpacked(packed: bytes) -> Member:
+    """A row off the wire. Kept: neighbours repeat it, and a simulation hears it a thousand times."""
+    return _member(_plain(packed))
 
 
 def encode(message: Message, body_bytes: int = 0) -> bytes:
     """The frame of a message, up to where its body of `body_bytes` follows."""
-    header: bytes = msgpack.packb([_NUMBERS[type(message)], *_plain(message)])
+    if type(message) is Members:
+        count: bytes = msgpack.Packer(buf_size=64).pack_array_header(len(message.members))
+        header = _MEMBERS + count + b"".join(map(_packed, message.members))
+    else:
+        header = msgpack.packb([_NUMBERS[type(message)], *_fields(message)], default=_fields)
     if len(header) > HEADER_LIMIT_BYTES or body_bytes > BODY_LIMIT_BYTES:
         raise LocalProtocolError(f"{type(message).__name__} does not fit into a frame")
     return PREFIX.pack(len(header), body_bytes) + header
@@ -279,27 +308,54 @@ def parse_prefix(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
 
 def decode(header: bytes | bytearray | memoryview) -> Message:
     """The message of a header. Raises RemoteProtocolError for anything that is not one."""
+    kind: type[Any] = Members
     try:
-        # Its own defaults would let 1 MiB of nested lists become a million objects (64x).
-        raw = msgpack.unpackb(
-            header,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=1024,
-            max_bin_len=0,
-            max_array_len=MEMBERS_LIMIT + 1,
-            max_map_len=0,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError(f"not a msgpack header: {type(error).__name__}") from None
-    if type(raw) is not list or not raw or type(raw[0]) is not int:
-        raise RemoteProtocolError("a header is a list that begins with a message number")
-    if not 0 <= raw[0] < len(MESSAGES):
-        raise RemoteProtocolError(f"message number {raw[0]} is not known here")
-    kind, check = MESSAGES[raw[0]]
-    try:
+        if header[:2] == _MEMBERS:
+            return Members(members=tuple(map(_row_of, _cut(header))))
+        raw = _plain(header)
+        if type(raw) is not list or not raw or type(raw[0]) is not int:
+            raise RemoteProtocolError("a header is a list that begins with a message number")
+        if not 0 <= raw[0] < len(MESSAGES):
+            raise RemoteProtocolError(f"message number {raw[0]} is not known here")
+        kind, check = MESSAGES[raw[0]]
         message: Message = check(raw[1:])
     except _Invalid as error:
         raise RemoteProtocolError(f"{kind.__name__} wants {error}") from None
+    except _NOT_MSGPACK as error:
+        raise RemoteProtocolError(f"not a msgpack header: {type(error).__name__}") from None
     return message
+
+
+def _plain(packed: bytes | bytearray | memoryview) -> Any:
+    # msgpack's own defaults would let 1 MiB of nested lists become a million objects (64x).
+    return msgpack.unpackb(
+        packed,
+        raw=False,
+        strict_map_key=True,
+        max_str_len=1024,
+        max_bin_len=0,
+        max_array_len=MEMBERS_LIMIT + 1,
+        max_map_len=0,
+        max_ext_len=0,
+    )
+
+
+def _cut(header: bytes | bytearray | memoryview) -> list[bytes]:
+    """The rows of a Members message, each as its bytes."""
+    unpacker = msgpack.Unpacker(max_buffer_size=HEADER_LIMIT_BYTES)
+    unpacker.feed(header[len(_MEMBERS) :])
+    count = unpacker.read_array_header()
+    if count > ROWS_LIMIT:
+        raise _Invalid(f"at most {ROWS_LIMIT} rows")
+    ends = [len(_MEMBERS) + unpacker.tell()]
+    for _ in range(count):
+        unpacker.skip()
+        ends.append(len(_MEMBERS) + unpacker.tell())
+    if ends[-1] != len(header):
+        raise _Invalid("nothing behind its rows")
+    return [bytes(header[start:end]) for start, end in pairwise(ends)]
+
+
+def _row_of(packed: bytes) -> Member:
+    usual = len(packed) <= USUAL_ROW_BYTES
+    return _unpacked(packed) if usual else _unpacked.__wrapped__(packed)

@@ -109,7 +109,7 @@ ONLY_STATEMENTS_AT_IMPORT = (
 FILE_LINES = 400
 FUNCTION_LINES = 70
 
-DYNAMIC_GETATTR = {"mesh/__init__.py": "__getattr__", "mesh/wire.py": "_plain"}
+DYNAMIC_GETATTR = {"mesh/__init__.py": "__getattr__", "mesh/wire.py": "_fields"}
 """Where getattr() takes a name that is not written there: public names from a table, and the fields
 of our own dataclasses on their way out."""
 

@@ -498,3 +498,35 @@ def test_a_stream_of_random_bytes_ends_in_a_refusal():
     for _ in range(200):
         header = rng.randbytes(rng.randint(1, 64))
         trio.run(main, struct.pack(">II", len(header), 0) + header + rng.randbytes(100))
+
+
+MEMBER = Member(
+    node=NodeId("abcdefgh"),
+    name="one",
+    incarnation=7,
+    state=State.ALIVE,
+    addresses=(Address("10.0.0.1", 7710),),
+    runs=(),
+)
+
+
+def test_rows_beyond_the_limit_or_followed_by_anything_are_no_message():
+    whole = wire.encode(Members(members=(MEMBER,) * 64))[wire.PREFIX_BYTES :]
+    assert wire.decode(whole) == Members(members=(MEMBER,) * 64)
+    for header in (
+        wire.encode(Members(members=(MEMBER,) * 65))[wire.PREFIX_BYTES :],
+        whole + b"\0",
+    ):
+        with pytest.raises(RemoteProtocolError):
+            wire.decode(header)
+
+
+def test_a_row_that_was_heard_before_is_the_same_object_and_no_row_is_taken_for_another():
+    first, again = (
+        wire.decode(wire.encode(Members(members=(MEMBER,)))[wire.PREFIX_BYTES :]) for _ in range(2)
+    )
+    assert first.members[0] is again.members[0]
+    other = replace(MEMBER, incarnation=MEMBER.incarnation + 1)
+    assert wire.decode(wire.encode(Members(members=(other,)))[wire.PREFIX_BYTES :]).members == (
+        other,
+    )

@@ -11,6 +11,7 @@ A row's trip: a peer's Members message -> merge() -> the rows that changed -> pa
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 
 from mesh.core.address import Address
@@ -60,8 +61,10 @@ def _content(row: Member) -> str:
     return str((row.name, row.addresses, row.runs))
 
 
+@lru_cache(maxsize=MEMBERS_LIMIT)
 def version(row: Member) -> int:
-    """64 bits of everything in a row: equal in two tables where the rows are."""
+    """64 bits of everything in a row: equal in two tables where the rows are. Kept, because in a
+    simulation a thousand tables take in the same row."""
     text = f"{row.node} {row.incarnation} {int(row.state)} {row.accusers} {_content(row)}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -168,6 +171,8 @@ class Membership:
 
     def _told(self, now: float) -> list[Member]:
         ended = self._ended_at
+        if not ended:
+            return [self._own, *self._others.values()]
         rows = self._others.values()
         return [self._own, *(r for r in rows if now - ended.get(r.node, now) <= TELL_ENDED_S)]
 
@@ -179,6 +184,8 @@ class Membership:
         if old is None:
             if len(self._others) >= MEMBERS_LIMIT and not self._forget_one():
                 return None
+        elif row == old:
+            return None
         elif not supersedes(row, old):
             if row.state is not State.SUSPECT or supersedes(old, row):
                 return None
