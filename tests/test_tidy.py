@@ -457,7 +457,7 @@ def test_every_public_name_is_defined_where_the_table_says():
 # ------------------------------------------------------------------------- what an import brings in
 
 HEAVY = {"torch", "trio", "numpy", "rich", "cryptography", "msgpack", "zeroconf"}
-SLOW_TO_ASK = {"asyncio", "dataclasses", "inspect", "tempfile"}
+SLOW_TO_ASK = {"asyncio", "dataclasses", "inspect"}
 """5 to 12 ms each, of 100 that `mesh status` may take."""
 
 
