@@ -100,7 +100,7 @@ class Exchange:
     def replica(self, name, value):
         replica = WatchedReplica(FRAGMENT_ENTRIES, name * 8, 1.0, self.ledger)
         self.ledger.born(replica)
-        replica.fill(np.full(FRAGMENT_ENTRIES, value, dtype=np.float32))
+        replica.fill(0, np.full(FRAGMENT_ENTRIES, value, dtype=np.float32))
         replica.run = SimpleNamespace(current=None)
         return replica
 
@@ -108,14 +108,16 @@ class Exchange:
         """`b` answers fragment 0 of `a`; returns the delta."""
         self.a.exchanges.add(exchange)
         self.a.run.current = Initiation(
-            exchange=exchange, peer=self.b.node, fragments=1, pull=False
+            exchange=exchange, peer=self.b.node, fragments=1, pull=False, codec="f32"
         )
-        own = Initiation(exchange=9, peer=self.a.node, fragments=1, pull=False, sent_once=1)
+        own = Initiation(
+            exchange=9, peer=self.a.node, fragments=1, pull=False, codec="f32", sent_once=1
+        )
         self.b.run.current = own if crosses else None
         body, reply = (memoryview(bytearray(4 * FRAGMENT_ENTRIES)) for _ in range(2))
         Float32().encode(self.a.weights, body)
-        self.b.answer(0, body, share, reply)
-        self.ledger.answered(self.b, (self.a.node, exchange, 0), bytes(reply), halved)
+        self.b.answer(0, body, share, reply, Float32())
+        self.ledger.answered(self.b, (self.a.node, exchange, 0), halved)
         return reply
 
     def violations(self):
@@ -128,7 +130,7 @@ def test_an_exchange_that_is_right_is_let_pass():
     delta = exchange.answer()
     assert exchange.ledger.in_flight() == 1
     assert exchange.violations() == ""
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
     assert exchange.violations() == ""
     assert exchange.a.weights.tolist() == exchange.b.weights.tolist() == [2.0] * FRAGMENT_ENTRIES
 
@@ -140,18 +142,18 @@ def answered_twice(exchange):
 
 def applied_twice(exchange):
     delta = exchange.answer()
-    exchange.a.apply(0, delta, 0.5)
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
+    exchange.a.apply(0, delta, 0.5, Float32())
 
 
 def unequal_shares(exchange):
-    exchange.a.apply(0, exchange.answer(), 0.25)
+    exchange.a.apply(0, exchange.answer(), 0.25, Float32())
 
 
 def other_bits(exchange):
     delta = exchange.answer()
     delta[0] ^= 1
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
 
 
 def crossed_with_full_steps(exchange):
@@ -178,7 +180,7 @@ def a_weight_that_is_not_finite(exchange):
 
 def an_answer_without_a_kept_reply(exchange):
     exchange.answer()
-    exchange.b.answered = 0, 0.5
+    exchange.b.answered = 0, 0.5, b""
     exchange.answer(exchange=2)
 
 

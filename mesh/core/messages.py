@@ -14,7 +14,7 @@ from mesh.core.address import Address
 NodeId = NewType("NodeId", str)
 """base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
 
 FRAGMENT_ENTRIES = 262_144
@@ -173,6 +173,8 @@ class OpenExchange:
     started: bool
     exchanged: bool
     progress: int
+    codec: str
+    """how fragments and deltas are written, both ways (mesh/codec.py)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
