@@ -313,3 +313,5 @@ def test_an_exchange_that_is_not_known_here_is_not_resumed():
         responses.open(A, 7, 0, "f32")
     with pytest.raises(RemoteProtocolError):
         responses.open(A, 8, 3, "f32")
+    with pytest.raises(RemoteProtocolError, match="resumes in int8, began in f32"):
+        responses.open(A, 8, 0, "int8")
