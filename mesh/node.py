@@ -21,13 +21,7 @@ from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.averaging import RUNS_LIMIT
 from mesh.core.membership import first_row
-from mesh.core.messages import (
-    PROTOCOL,
-    Hello,
-    NodeId,
-    Purpose,
-    Refusal,
-)
+from mesh.core.messages import PROTOCOL, Hello, NodeId, Purpose, Refusal
 from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
 from mesh.errors import (

@@ -624,6 +624,8 @@ BAD_FRAGMENTS = {
     "an older exchange": older_exchange,
     "resuming further than it came": resumes_further_than_it_came,
     "resuming beyond the end": resumes_beyond_the_end,
+    "resuming in another codec": resumes_in_another_codec,
+    "float32 where int8 was agreed": float32_in_an_int8_exchange,
     "a body behind an opening": body_behind_an_opening,
     "garbage in between": garbage_in_between,
 }
