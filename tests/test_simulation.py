@@ -1,5 +1,6 @@
 """The simulator itself: it replays, it passes on the deployed code, and each of its checks can fail."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import trio
 
-from mesh.codec import Float32
+from mesh import simulated_mesh, simulation
+from mesh.codec import NAMES, Float32
 from mesh.core.exchange import Initiation
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
 from mesh.simulation import simulate
@@ -84,6 +86,18 @@ def test_a_failing_seed_is_told_with_its_last_lines_and_the_command_that_replays
 
 def test_a_mesh_of_one_node_lives():
     assert simulate(5, nodes=1, seconds=5.0).failure is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mesh_whose_trainings_use_different_codecs_lives_under_faults(seed, monkeypatch):
+    """All that the ledger counts holds as it is; replicas agree but for a rounding step of int8."""
+    names = itertools.cycle(NAMES)
+    player = simulated_mesh.Player
+    monkeypatch.setattr(
+        simulated_mesh, "Player", lambda x, **how: player(x, codec=next(names), **how)
+    )
+    monkeypatch.setattr(simulation, "AGREED", 0.01)
+    assert simulate(seed).failure is None
 
 
 # ---------------------------------------------------------------------- each check of the ledger
