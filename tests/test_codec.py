@@ -188,7 +188,7 @@ def small_fragments(monkeypatch):
     monkeypatch.setattr(replica, "FRAGMENT_ENTRIES", 600)
 
 
-async def meet(rng, codecs, *, seconds=20.0, losing=None):
+async def meet(rng, codecs):
     """One replica in each codec, started as one model, moved apart, left to meet; returns (sums before
     and after in float64, how far apart, players)."""
     async with memory_mesh(rng, len(codecs)) as mesh:
@@ -198,13 +198,11 @@ async def meet(rng, codecs, *, seconds=20.0, losing=None):
             await players[-1].attach(mesh.nodes[index])
         await until(lambda: all(p.begun and p.node.exchanged(p.run) for p in players))
         mesh.network.lose_all()
-        if losing:
-            mesh.network.weather = losing
         for seed, player in enumerate(players):
             await player.run.offer()
             await player.post(normal(ENTRIES, seed + 10))
         before = sum(player.x.astype(np.float64) for player in players)
-        await trio.sleep(seconds)
+        await trio.sleep(20)
         await until(lambda: all(p.run.current is None and not p.run.unfinished for p in players))
         after = sum(player.weights.astype(np.float64) for player in players)
         apart = np.ptp([player.weights for player in players], axis=0).max()
