@@ -1,13 +1,46 @@
 """How numbers travel. A codec turns float32 into bytes and back; both ends of an exchange apply what
 they decode from the very bytes that travelled, so rounding never changes the sum of all replicas.
+
+Rules: 1. The initiator's codec is the exchange's. 2. Long vectors are coded piece by piece, each by
+itself, so that all passes but the first run in a core's own cache. 3. Whatever bytes come, decode()
+returns numbers; those of bytes that no encode() writes may be NaN, and callers refuse them as such.
 """
 
-from typing import Protocol
+import functools
+from collections.abc import Iterator
+from random import Random
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mesh.errors import UsageError
+
 Floats = NDArray[np.float32]
+
+EXACT: Final = "f32"
+"""The codec that rounds nothing: the default, and what a newcomer's first weights travel in."""
+
+NAMES: Final = (EXACT, "bf16", "int8")
+
+PIECE: Final = 32_768
+"""Entries that are coded together: 128 KiB of float32, so that they and one scratch vector fit into a
+second-level cache; shorter ones cost more in calls."""
+
+BLOCK: Final = 256
+"""Entries of int8 that share a scale. A scale costs 4 bytes: 1.6 % of the block."""
+
+STEPS: Final = 126.99
+"""Steps of int8 from 0 to the largest entry of a block. Below 127, so that no rounding of the division
+reaches 128, which would come out as -128."""
+
+SMALLEST: Final = 2.0**-100
+"""What a block's largest entry counts as at least: one over its scale must be a float32 as well."""
+
+HALF_BFLOAT16: Final = np.uint32(0x7FFF)
+"""Just under half of bfloat16's last place, in float32's bits; the last bit kept makes ties even."""
+
+NAN_BFLOAT16: Final = 0x7FC0
 
 
 class Codec(Protocol):
@@ -17,6 +50,10 @@ class Codec(Protocol):
 
     def encoded_bytes(self, entries: int) -> int:
         """Bytes that `entries` numbers take."""
+
+    def room(self, out: memoryview, spare: Floats) -> Floats:
+        """Where to put numbers that will be encoded into `out`: `out` itself where they travel as
+        they are, else `spare`."""
 
     def encode(self, values: Floats, out: memoryview) -> None:
         """Writes `values` (n,) into `out`, exactly encoded_bytes(n) long."""
@@ -28,13 +65,152 @@ class Codec(Protocol):
 class Float32:
     """The numbers as they are, little-endian."""
 
-    name = "f32"
+    name = EXACT
 
     def encoded_bytes(self, entries: int) -> int:
         return 4 * entries
 
+    def room(self, out: memoryview, spare: Floats) -> Floats:
+        return np.frombuffer(out, dtype="<f4")
+
     def encode(self, values: Floats, out: memoryview) -> None:
-        np.copyto(np.frombuffer(out, dtype="<f4"), values)
+        target = np.frombuffer(out, dtype="<f4")
+        if not np.may_share_memory(values, target):  # else they are in their room() already
+            np.copyto(target, values)
 
     def decode(self, body: memoryview, out: Floats) -> Floats:
         return np.frombuffer(body, dtype="<f4")
+
+
+class BFloat16:
+    """The upper half of float32, little-endian, rounded to nearest, ties to even."""
+
+    name = "bf16"
+
+    def __init__(self) -> None:
+        self._bits = np.empty(PIECE, dtype=np.uint32)
+
+    def encoded_bytes(self, entries: int) -> int:
+        return 2 * entries
+
+    def room(self, out: memoryview, spare: Floats) -> Floats:
+        return spare
+
+    def encode(self, values: Floats, out: memoryview) -> None:
+        target: NDArray[np.uint16] = np.frombuffer(out, dtype="<u2")
+        for where in _pieces(len(values)):
+            bits = values[where].view(np.uint32)
+            rounded = np.right_shift(bits, 16, out=self._bits[: len(bits)])
+            rounded &= 1
+            rounded += HALF_BFLOAT16
+            rounded += bits
+            rounded >>= 16
+            np.copyto(target[where], rounded, casting="unsafe")
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(np.dot(values, values))
+        if not finite:  # some NaN are so large that adding to them made a number
+            target[np.isnan(values)] = NAN_BFLOAT16
+
+    def decode(self, body: memoryview, out: Floats) -> Floats:
+        source = np.frombuffer(body, dtype="<u2")
+        for where in _pieces(len(out)):
+            bits = out[where].view(np.uint32)
+            np.copyto(bits, source[where])
+            bits <<= 16
+        return out
+
+
+class Int8:
+    """Whole steps of -127..127 times a scale for each block, the largest entry of which is the most.
+
+    What lies between two steps goes to one of them by chance, so that the mean over many exchanges is
+    right. A body is the scales of all blocks (float32, little-endian), then one byte for each entry.
+    """
+
+    name = "int8"
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._scratch: Floats = np.empty(PIECE, dtype=np.float32)
+
+    def encoded_bytes(self, entries: int) -> int:
+        return entries + 4 * -(-entries // BLOCK)
+
+    def room(self, out: memoryview, spare: Floats) -> Floats:
+        return spare
+
+    def encode(self, values: Floats, out: memoryview) -> None:
+        scales, steps = _parts(out, len(values))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for where in _pieces(len(values)):
+                piece, its_scales = values[where], scales[_blocks(where)]
+                scaled = np.abs(piece, out=self._scratch[: len(piece)])
+                peaks = np.maximum.reduceat(scaled, _starts()[: len(its_scales)])
+                np.divide(np.maximum(peaks, SMALLEST), STEPS, out=its_scales)
+                _scale_blocks(piece, np.reciprocal(its_scales), out=scaled)
+                begin = self._rng.randrange(PIECE)
+                scaled += _noise()[begin : begin + len(piece)]
+                np.floor(scaled, out=scaled)
+                np.copyto(steps[where], scaled, casting="unsafe")
+
+    def decode(self, body: memoryview, out: Floats) -> Floats:
+        scales, steps = _parts(body, len(out))
+        # A scale below zero would turn the weights round and look well.
+        scales = scales.copy()
+        scales[~(scales >= 0)] = np.nan
+        with np.errstate(over="ignore", invalid="ignore"):
+            for where in _pieces(len(out)):
+                np.copyto(out[where], steps[where])
+                _scale_blocks(out[where], scales[_blocks(where)], out=out[where])
+        return out
+
+
+def check_codec(name: object) -> str:
+    """A codec's name as a user gives it. Raises UsageError."""
+    if name not in NAMES:
+        raise UsageError(f"codec={name!r}: one of {', '.join(NAMES)}")
+    return str(name)
+
+
+def make_codecs(rng: Random) -> dict[str, Codec]:
+    """All codecs, by name. `rng` decides how int8 rounds."""
+    codecs: tuple[Codec, ...] = (Float32(), BFloat16(), Int8(rng))
+    return {codec.name: codec for codec in codecs}
+
+
+def _pieces(entries: int) -> Iterator[slice]:
+    for start in range(0, entries, PIECE):
+        yield slice(start, min(start + PIECE, entries))
+
+
+def _blocks(piece: slice) -> slice:
+    """The blocks of a piece."""
+    return slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
+
+
+def _parts(body: memoryview, entries: int) -> tuple[Floats, NDArray[np.int8]]:
+    """(scales, steps) of an int8 body: views."""
+    end = 4 * -(-entries // BLOCK)
+    return np.frombuffer(body[:end], dtype="<f4"), np.frombuffer(body[end:], dtype=np.int8)
+
+
+def _scale_blocks(values: Floats, scales: Floats, *, out: Floats) -> None:
+    """out = values (n,) times the scale of each one's block; the last block may be short."""
+    whole = len(values) - len(values) % BLOCK
+    blocks = values[:whole].reshape(-1, BLOCK)
+    np.multiply(blocks, scales[: len(blocks), None], out=out[:whole].reshape(-1, BLOCK))
+    np.multiply(values[whole:], scales[-1], out=out[whole:])
+
+
+@functools.cache
+def _starts() -> NDArray[np.intp]:
+    """Where the blocks of a piece begin."""
+    return np.arange(0, PIECE, BLOCK)
+
+
+@functools.cache
+def _noise() -> Floats:
+    """Numbers of 0..1 in random order, twice: read anywhere, a piece's worth holds each of them once,
+    and read at a random place, each entry gets each of them equally often."""
+    levels = (np.random.default_rng(0).permutation(PIECE) + 0.5) / PIECE
+    return np.tile(levels.astype(np.float32), 2)

@@ -21,6 +21,7 @@ from typing import Any, Final
 import trio
 
 from mesh import report
+from mesh.codec import EXACT, check_codec
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
 from mesh.errors import MeshError, UsageError
@@ -194,7 +195,7 @@ class Control:
                     case "post":
                         await self._post(run, request)
                     case "want":
-                        run.offer()
+                        await run.offer()
                     case "meet":
                         run.take_back()
                         await self._node.posted(run, waits=True)
@@ -210,13 +211,13 @@ class Control:
         loss = request.get("loss")
         if not isinstance(loss, (int, float)) or not abs(loss) < LOSS_LIMIT:  # NaN is not below
             loss = None
-        run.post(
+        await run.post(
             step=_whole(request, "step"),
             loss=None if loss is None else float(loss),
             samples=_whole(request, "samples"),
         )
         if request.get("want") is True:
-            run.offer()
+            await run.offer()
         await self._node.posted(run, waits=request.get("waits") is True)
 
 
@@ -306,6 +307,7 @@ def _spec(request: Request) -> RunSpec:
     if not isinstance(schema, list) or not 0 < len(schema) <= ENTRIES_LIMIT:
         raise UsageError(f"a model has 1..{ENTRIES_LIMIT} tensors")
     entries = tuple(_entry(item) for item in schema)
+    codec = check_codec(request.get("codec", EXACT))
     if not 0 < sum(math.prod(entry.shape) for entry in entries) <= MODEL_LIMIT_ENTRIES:
         raise UsageError(f"a model has 1..{MODEL_LIMIT_ENTRIES:,} numbers")
     return RunSpec(
@@ -318,6 +320,7 @@ def _spec(request: Request) -> RunSpec:
         script=str(request.get("script"))[:500],
         started=request.get("started") is True,
         exchanged=request.get("exchanged") is True,
+        codec=codec,
     )
 
 

@@ -44,6 +44,7 @@ class Conversation:
         self._reader = reader
         self._room = trio.Event()
         self._stopped = False
+        self._codec = run.codecs[record.codec]
         self._opening = b""
         """goes out with the first fragment: the responder wakes once for both"""
 
@@ -63,6 +64,7 @@ class Conversation:
                     started=info.started,
                     exchanged=info.exchanged,
                     progress=info.progress,
+                    codec=record.codec,
                 )
             )
             if record.fragments == 1:
@@ -116,8 +118,8 @@ class Conversation:
                     continue
                 body = memoryview(b"")
                 if not record.pull:
-                    body = buffer[: run.replica.body_bytes(index)]
-                    run.replica.write(index, body)
+                    body = buffer[: run.replica.body_bytes(index, self._codec)]
+                    run.replica.write(index, body, self._codec)
                 record.fragment_sent()
                 await self._say(
                     Fragment(exchange=record.exchange, index=index, received=record.applied), body
@@ -140,7 +142,7 @@ class Conversation:
                         if not record.pull and weight + self._run.spec.weight <= 0:
                             raise RemoteProtocolError("two replicas of weight 0")
                     case Delta() if weight is not None and message.index < record.fragments:
-                        if length != self._run.replica.body_bytes(message.index):
+                        if length != self._run.replica.body_bytes(message.index, self._codec):
                             raise RemoteProtocolError(f"a delta of {length} bytes")
                         await self._reader.body(buffer[:length], timeout_s=STALL_S)
                         self._apply(message, buffer[:length], weight)
@@ -157,8 +159,8 @@ class Conversation:
         record, replica = self._record, self._run.replica
         record.delta_arrived(message.index)
         if record.pull:
-            record.square_distance += replica.take(message.index, body, self._run.taken)
+            replica.take(message.index, body, self._run.taken, self._codec)
         else:
             step = share(weight, self._run.spec.weight, halved=message.halved)
-            record.square_distance += replica.apply(message.index, body, step)
+            record.square_distance += replica.apply(message.index, body, step, self._codec)
         self._room.set()

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 import trio
 
+from mesh.codec import EXACT
 from mesh.conversation import Conversation, Refused
 from mesh.core import events as ev
 from mesh.core.address import Address
@@ -76,7 +77,7 @@ class Initiator:
         try:
             outcome, reason = await self._drive_until_broken_off(run, record, start.addresses)
             if start.pull and outcome is ev.Outcome.COMPLETED:
-                run.replica.fill(run.taken)
+                await run.fill()
         finally:
             run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)
@@ -122,6 +123,7 @@ class Initiator:
             peer=start.peer,
             fragments=run.replica.fragments,
             pull=start.pull,
+            codec=EXACT if start.pull else run.spec.codec,
         )
 
     def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:

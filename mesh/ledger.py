@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mesh.codec import Float32, Floats
+from mesh.codec import EXACT, Codec, Floats
 from mesh.core.exchange import Responses
 from mesh.core.messages import WINDOW, NodeId
 from mesh.replica import Replica
@@ -39,7 +39,7 @@ class WatchedReplica(Replica):
     """A replica that enters what happens to it into the ledger, and has small fragments."""
 
     def __init__(self, entries: int, node: NodeId, weight: float, ledger: "Ledger") -> None:
-        super().__init__(entries, Float32(), FRAGMENT_ENTRIES)
+        super().__init__(entries, FRAGMENT_ENTRIES)
         self.node = node
         self.weight = weight
         self.run: Run | None = None
@@ -52,34 +52,39 @@ class WatchedReplica(Replica):
         """those that it initiated and has not finished"""
         self.since_asked: dict[tuple[int, int], Floats] = {}
         """(exchange, fragment) that it asked for -> what its training posted since"""
-        self.answered: tuple[int, float] | None = None
-        """a fragment that was answered, and the step: its reply has to be kept before the next"""
+        self.answered: tuple[int, float, bytes] | None = None
+        """a fragment that was answered, the step, the delta: its reply has to be kept before the next"""
+        self.posting: NDArray[np.float64] = np.zeros(entries, dtype=np.float64)
+        """progress that its training hands over and that is not merged yet"""
         self._ledger = ledger
 
-    def write(self, index: int, out: memoryview) -> None:
+    def write(self, index: int, out: memoryview, codec: Codec) -> None:
         if self.run is not None and self.run.current is not None:
             exchange = self.run.current.exchange
             self.exchanges.add(exchange)
-            self.since_asked.setdefault((exchange, index), np.zeros(len(out) // 4, np.float32))
-        super().write(index, out)
-        if self.spoiled:
+            none = np.zeros_like(self.weights[self.slice_of(index)])
+            self.since_asked.setdefault((exchange, index), none)
+        super().write(index, out, codec)
+        if self.spoiled and codec.name == EXACT:
             self.spoiled = False
             out[:4] = NOT_A_NUMBER
 
-    def answer(self, index: int, body: memoryview, share: float, reply: memoryview) -> float:
-        distance = super().answer(index, body, share, reply)
+    def answer(
+        self, index: int, body: memoryview, share: float, reply: memoryview, codec: Codec
+    ) -> float:
+        distance = super().answer(index, body, share, reply, codec)
         if self.answered is not None:
             self._ledger.fail(f"{self.node[:8]} answered a fragment and kept no reply")
-        self.answered = index, share
+        self.answered = index, share, self._decode(index, reply, codec)
         self._ledger.moved(self, self.slice_of(index))
         return distance
 
-    def apply(self, index: int, body: memoryview, share: float) -> float:
-        distance = super().apply(index, body, share)
+    def apply(self, index: int, body: memoryview, share: float, codec: Codec) -> float:
+        distance = super().apply(index, body, share, codec)
         if self.run is not None and self.run.current is not None:
             posted = self.since_asked.pop((self.run.current.exchange, index), 0.0)
             self._ledger.posted_meanwhile(self, self.slice_of(index), posted)
-        self._ledger.applied(self, index, bytes(body), share)
+        self._ledger.applied(self, index, self._decode(index, body, codec), share)
         self._ledger.moved(self, self.slice_of(index))
         return distance
 
@@ -90,13 +95,20 @@ class WatchedReplica(Replica):
         for (_, asked), since in self.since_asked.items():
             if asked == index:
                 since += self.weights[where] - before
-        self._ledger.widen(self, where)
+        self._ledger.merged(self, where)
         return whole
 
-    def fill(self, values: Floats) -> None:
-        before = self.weights.astype(np.float64)
-        super().fill(values)
-        self._ledger.filled(self, before)
+    def fill(self, index: int, values: Floats) -> None:
+        where = self.slice_of(index)
+        before = self.weights[where].astype(np.float64)
+        super().fill(index, values)
+        self._ledger.filled(self, where, before)
+
+    def _decode(self, index: int, body: memoryview, codec: Codec) -> bytes:
+        """The numbers in `body`, for the ledger to compare."""
+        where = self.slice_of(index)
+        out: Floats = np.empty(where.stop - where.start, dtype=np.float32)
+        return codec.decode(body, out).tobytes()
 
 
 class WatchedResponses(Responses[KeptReply]):
@@ -112,8 +124,8 @@ class WatchedResponses(Responses[KeptReply]):
     _replica: WatchedReplica
     _ledger: "Ledger"
 
-    def open(self, initiator: NodeId, exchange: int, start: int) -> str | None:
-        reason = super().open(initiator, exchange, start)
+    def open(self, initiator: NodeId, exchange: int, start: int, codec: str) -> str | None:
+        reason = super().open(initiator, exchange, start, codec)
         if reason is None:
             self._ledger.opened(self._replica, initiator, exchange)
         return reason
@@ -122,9 +134,7 @@ class WatchedResponses(Responses[KeptReply]):
         super().applied(initiator, exchange, index, reply)
         if self.kept_replies > WINDOW * len(self._records):
             self._ledger.fail(f"{self._replica.node[:8]} keeps more replies than a window each")
-        where = self._replica.slice_of(index)
-        delta = bytes(reply.buffer[: 4 * (where.stop - where.start)])
-        self._ledger.answered(self._replica, (initiator, exchange, index), delta, reply.halved)
+        self._ledger.answered(self._replica, (initiator, exchange, index), reply.halved)
 
 
 Key = tuple[NodeId, int, int]
@@ -190,17 +200,26 @@ class Ledger:
         dead = replica.number
         self._next_answer = {k: due for k, due in self._next_answer.items() if k[0] != dead}
 
-    def filled(self, replica: WatchedReplica, before: NDArray[np.float64]) -> None:
-        """First weights: the training's own, or a donor's in one piece."""
+    def filled(self, replica: WatchedReplica, where: slice, before: NDArray[np.float64]) -> None:
+        """First weights: the training's own, or a donor's."""
         if replica.alive:
-            self._expected += replica.weight * (replica.weights.astype(np.float64) - before)
-            self.widen(replica, slice(None))
+            now = replica.weights[where].astype(np.float64)
+            self._expected[where] += replica.weight * (now - before)
+            self.widen(replica, where)
 
     def posted(self, replica: WatchedReplica, progress: NDArray[np.float64]) -> None:
         """A training is about to hand over so much progress."""
+        if replica.posting.any():
+            self.fail(f"{replica.node[:8]} has not merged all of the last post")
+        replica.posting[:] = progress
+        self._operations += 1
+
+    def merged(self, replica: WatchedReplica, where: slice) -> None:
+        """A fragment of what was posted is in the replica: once, so a second time adds nothing."""
         if replica.alive:
-            self._expected += replica.weight * progress
-            self._operations += 1
+            self._expected[where] += replica.weight * replica.posting[where]
+            replica.posting[where] = 0
+            self.widen(replica, where)
 
     def widen(self, replica: WatchedReplica, where: slice) -> None:
         """A training moved this replica: from there on the hull reaches to where it is."""
@@ -240,7 +259,7 @@ class Ledger:
                     f"{responder.node[:8]} in doubt and began another"
                 )
 
-    def answered(self, responder: WatchedReplica, key: Key, delta: bytes, halved: bool) -> None:
+    def answered(self, responder: WatchedReplica, key: Key, halved: bool) -> None:
         """The responder applied its step of a fragment."""
         initiator, exchange, index = key
         done, responder.answered = responder.answered, None
@@ -266,7 +285,7 @@ class Ledger:
         if crossed and not halved:
             self.fail(f"{responder.node[:8]} took the full step in {where} while its own request "
                       "for it was under way: the two swap")  # fmt: skip
-        answer = _Answer(responder, delta, done[1], crossed)
+        answer = _Answer(responder, done[2], done[1], crossed)
         asker = self.replicas.get(initiator)
         if asker is None or exchange not in asker.exchanges:
             # Who asked is dead: what it sent before has arrived.

@@ -16,7 +16,7 @@ from typing import Final, assert_never
 
 import trio
 
-from mesh.codec import Float32, Floats
+from mesh.codec import Floats, make_codecs
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.averaging import RUNS_LIMIT
@@ -87,6 +87,7 @@ class Node:
         self._candidates = candidates
         self._store_incarnation = store_incarnation
         self._note = note
+        self._codecs = make_codecs(rng)
         self._protocol = MeshProtocol(first_row(node, name, incarnation, ()), rng)
         self._put, self._take = trio.open_memory_channel[ev.Event](INBOX_LIMIT)
         self._links = Links(self._put.send)
@@ -178,20 +179,23 @@ class Node:
         """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
         weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
         self.check_run(spec)
-        replica = self._make_replica(len(posted))
+        self._runs[spec.run] = run = make_run(
+            spec,
+            self._make_replica(len(posted)),
+            self._codecs,
+            posted,
+            offered,
+            tell,
+            partial(self._protocol.partner_count, spec.run),
+            trio.current_time(),
+        )
         try:
-            run = make_run(
-                spec,
-                replica,
-                posted,
-                offered,
-                tell,
-                partial(self._protocol.partner_count, spec.run),
-                trio.current_time(),
-            )
-        except NotFinite as error:
-            raise UsageError(f"{error}; nothing was shared") from None
-        self._runs[spec.run] = run
+            await run.load()
+        except BaseException as error:  # or the training went away meanwhile
+            del self._runs[spec.run]
+            if isinstance(error, NotFinite):
+                raise UsageError(f"{error}; nothing was shared") from None
+            raise
         await self._put.send(
             ev.RunAttached(
                 run=spec.run,
@@ -206,7 +210,7 @@ class Node:
 
     def _make_replica(self, entries: int) -> Replica:
         """Where the simulator puts one that watches itself."""
-        return Replica(entries, Float32())
+        return Replica(entries)
 
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""
@@ -286,10 +290,12 @@ class Node:
             case ev.Begin():
                 if effect.run in self._runs:
                     donor = self._protocol.name_of(effect.donor) if effect.donor else None
-                    self._runs[effect.run].begin(effect, donor)
+                    run = self._runs[effect.run]
+                    run.how = effect.how
+                    self._nursery.start_soon(run.begin, donor)
             case ev.Offer():
                 if effect.run in self._runs:
-                    self._runs[effect.run].offer()
+                    self._nursery.start_soon(self._runs[effect.run].offer)
             case ev.StoreIncarnation():
                 self._store_incarnation(effect.incarnation)
             case ev.Note():

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mesh.codec import Floats
+from mesh.codec import EXACT, Floats
 from mesh.core.messages import SchemaEntry
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -23,7 +23,13 @@ class Player:
     """One training, from one attachment to the next."""
 
     def __init__(
-        self, x: Floats, *, weight: float = 1.0, sync_timeout_s: float = 2.0, run: str = RUN
+        self,
+        x: Floats,
+        *,
+        weight: float = 1.0,
+        sync_timeout_s: float = 2.0,
+        run: str = RUN,
+        codec: str = EXACT,
     ) -> None:
         self.x = x
         self.weight = weight
@@ -34,6 +40,7 @@ class Player:
         """how it began in this attachment; None until it has"""
         self.node: Node | None = None
         self._name = run
+        self._codec = codec
         self._sync_timeout_s = sync_timeout_s
         self._met = False
         self._run: Run | None = None
@@ -64,6 +71,7 @@ class Player:
             script="toy.py",
             started=self.began is not None,
             exchanged=self._met,
+            codec=self._codec,
         )
 
         def tell(event: dict[str, Any]) -> None:
@@ -79,14 +87,14 @@ class Player:
     async def post(self, progress: "float | Floats" = 0.0, *, waits: bool = False) -> None:
         """One boundary, if an offer is in hand."""
         self.x += progress
-        run = self.run
+        run, node = self.run, self.node
         if run.ours:
             return
         self.x += self.offered - self.posted
         self.posted[:] = self.x
-        run.post(step=0, loss=None, samples=0)
-        assert self.node is not None
-        await self.node.posted(run, waits=waits)
+        await run.post(step=0, loss=None, samples=0)
+        if node is not None and self.node is node:  # else it died meanwhile
+            await node.posted(run, waits=waits)
 
     def hear(self, event: dict[str, Any]) -> None:
         """What the node says."""

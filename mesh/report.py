@@ -129,6 +129,7 @@ def _run(run: RunStatistics) -> dict[str, Any]:
         "entries": sum(math.prod(entry.shape) for entry in run.spec.entries),
         "every": run.spec.every,
         "weight": run.spec.weight,
+        "codec": run.spec.codec,
         "began": run.how,
         "step": run.step,
         "loss": _number(run.loss),

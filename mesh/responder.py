@@ -132,6 +132,8 @@ class Responder:
             return "schema differs"
         if not info.started or run.how is None:
             return "no weights here yet"
+        if message.codec not in run.codecs:
+            return f"no codec {message.codec} here"
         if message.pull:
             return "taking weights itself" if run.current and run.current.pull else None
         if message.weight + run.spec.weight <= 0:
@@ -145,7 +147,7 @@ class Responder:
         )
         if relation(info, self._me, theirs, peer) is not Relation.AVERAGE:
             return "one of the two takes the other's weights first"
-        return run.responses.open(peer, message.exchange, message.start)
+        return run.responses.open(peer, message.exchange, message.start, message.codec)
 
     async def _answer_fragment(
         self,
@@ -159,7 +161,9 @@ class Responder:
         index = message.index
         if index >= run.replica.fragments:
             raise RemoteProtocolError(f"fragment {index} of {run.replica.fragments}")
-        expected = 0 if opening.pull else run.replica.body_bytes(index)
+        codec = run.codecs[opening.codec]
+        body_bytes = run.replica.body_bytes(index, codec)
+        expected = 0 if opening.pull else body_bytes
         if length != expected:
             raise RemoteProtocolError(f"fragment of {length} bytes where {expected} belong")
         before = reader.received_bytes
@@ -167,8 +171,8 @@ class Responder:
         scratch = run.buffers.take()
         try:
             if opening.pull:
-                reply = scratch[: run.replica.body_bytes(index)]
-                run.replica.write(index, reply)
+                reply = scratch[:body_bytes]
+                run.replica.write(index, reply, codec)
             else:
                 await reader.body(scratch[:length], timeout_s=STALL_S)
                 kept, halved = self._apply(stream.peer, run, opening, message, scratch[:length])
@@ -194,7 +198,8 @@ class Responder:
         step = share(opening.weight, run.spec.weight, halved=halved)
         reply = run.buffers.take()
         try:
-            run.replica.answer(message.index, body, step, reply[: len(body)])
+            codec = run.codecs[opening.codec]
+            run.replica.answer(message.index, body, step, reply[: len(body)], codec)
         except NotFinite:
             run.buffers.give(reply)
             run.counters.non_finite += 1

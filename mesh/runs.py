@@ -1,18 +1,21 @@
 """One run as its node holds it: the replica, the hand-over, the exchanges in progress, the figures.
 
-A Run is made when a training attaches and dropped when it ends. Only tasks of the node touch it, and
-none of them waits inside a step, so there are no locks.
+A Run is made when a training attaches and dropped when it ends. Only tasks of the node touch it. What
+they do to one fragment is one step, in which nothing waits; what they do to the whole model gives the
+loop its turn between two fragments, and of these only one is under way at a time (`turn`), or the
+training would be handed half of one model and half of another. Exchanges go on meanwhile.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import trio
 
-from mesh.codec import Floats
-from mesh.core.events import Begin, Beginning
+from mesh.codec import EXACT, Codec, Floats
+from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
@@ -39,6 +42,8 @@ class RunSpec:
     script: str
     started: bool = False
     exchanged: bool = False
+    codec: str = EXACT
+    """of the exchanges that this node begins"""
 
     @property
     def schema(self) -> str:
@@ -74,6 +79,7 @@ class Run:
 
     spec: RunSpec
     replica: Replica
+    codecs: Mapping[str, Codec]
     hand_over: HandOver
     tell: Tell
     responses: Responses[KeptReply]
@@ -93,6 +99,8 @@ class Run:
     how: Beginning | None = None
     ours: bool = True
     """whose turn the hand-over buffers are: the node's, or the training's"""
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    """held by whoever goes through all fragments"""
     meets: int = 0
     exchanged_at: float | None = None
     last_peer: NodeId | None = None
@@ -106,38 +114,66 @@ class Run:
         """Exchanges that this node began and has not finished."""
         return [*self.unfinished.values(), *([self.current] if self.current else [])]
 
-    def begin(self, effect: Begin, donor: str | None) -> None:
-        """The replica holds its first weights: hand them to the training."""
-        self.how = effect.how
-        self.hand_over.offer()
-        self.ours = False
-        self.tell({"event": "begun", "how": effect.how.value, "from": donor})
+    async def load(self) -> None:
+        """w = the training's own first weights. Raises NotFinite."""
+        await self._each_fragment(self.hand_over.begin)
 
-    def post(self, *, step: int, loss: float | None, samples: int) -> None:
+    async def fill(self) -> None:
+        """w = what a pull has brought, now that it is whole."""
+        async with self.turn:
+            await self._each_fragment(lambda index: self.replica.fill(index, self.taken))
+
+    async def begin(self, donor: str | None) -> None:
+        """The replica holds its first weights: hand them to the training. Set `how` before."""
+        assert self.how is not None
+        await self._offer({"event": "begun", "how": self.how.value, "from": donor})
+
+    async def post(self, *, step: int, loss: float | None, samples: int) -> None:
         """The training's progress is in `posted`: merge it. Raises LocalProtocolError out of turn."""
-        if self.ours:
-            raise LocalProtocolError("posted without an offer in hand")
-        self.ours = True
-        self.step, self.loss, self.samples = step, loss, samples
-        if not self.hand_over.merge():
+        async with self.turn:
+            if self.ours:
+                raise LocalProtocolError("posted without an offer in hand")
+            self.step, self.loss, self.samples = step, loss, samples
+            whole = await self._each_fragment(self.hand_over.merge)
+            self.ours = True  # only now: an offer overwrites what is being merged
+        if not whole:
             self.counters.non_finite += 1
             self.tell({"event": "diverged", "step": step})
 
     def take_back(self) -> None:
         """The training gives an offer back unused, to get a newer one: nothing is merged.
 
-        An offer that crosses this on its way is void: offers carry how often this was asked.
+        An offer that crosses this on its way is void: offers carry how often this was asked. So is one
+        that is being written.
         """
         self.ours = True
         self.meets += 1
 
-    def offer(self) -> None:
+    async def offer(self) -> None:
         """The replica as it is now, for the training's next step; nothing if it has an offer."""
-        if not self.ours:
-            return
-        self.ours = False
-        self.hand_over.offer()
-        self.tell({"event": "offered", "meets": self.meets, "peers": self.partners()})
+        await self._offer({"event": "offered"})
+
+    async def _offer(self, event: dict[str, Any]) -> None:
+        meets = self.meets
+        async with self.turn:
+            if not self.ours:
+                return
+            await self._each_fragment(self.hand_over.offer)
+            if meets == self.meets:
+                self.ours = False
+                self.tell({**event, "meets": meets, "peers": self.partners()})
+
+    async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
+        """Does `step` to one fragment after the other; False if any step said so.
+
+        Between two the loop gets its turn: 400 MB at once would be a stall of 0.2 s.
+        """
+        whole = True
+        for index in range(self.replica.fragments):
+            if index:
+                await trio.lowlevel.checkpoint()
+            whole &= step(index) is not False
+        return whole
 
     def crosses(self, index: int) -> bool:
         """Whether our own request for this fragment is in flight, or its answer may wait for us where
@@ -173,20 +209,20 @@ class BufferPool:
 def make_run(
     spec: RunSpec,
     replica: Replica,
+    codecs: Mapping[str, Codec],
     posted: Floats,
     offered: Floats,
     tell: Tell,
     partners: Callable[[], int],
     now: float,
 ) -> Run:
-    """A run whose training has filled `posted` with its first weights. Raises NotFinite."""
-    hand_over = HandOver(replica, posted, offered)
-    hand_over.begin()
-    buffers = BufferPool(replica.body_bytes(0))
+    """A run whose training has filled `posted` with its first weights: load() them next."""
+    buffers = BufferPool(max(replica.body_bytes(0, codec) for codec in codecs.values()))
     return Run(
         spec=spec,
         replica=replica,
-        hand_over=hand_over,
+        codecs=codecs,
+        hand_over=HandOver(replica, posted, offered),
         tell=tell,
         responses=Responses(replica.fragments, lambda kept: buffers.give(kept.buffer)),
         attached_at=now,

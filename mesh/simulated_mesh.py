@@ -307,8 +307,10 @@ class SimulatedMesh:
                 await trio.sleep(training.period_s * rng.uniform(0.5, 1.5))
 
     async def _boundary(self, machine: Machine, training: Training) -> None:
-        player, run = training.player, training.player.run
-        run.offer()
+        player, run, node = training.player, training.player.run, training.player.node
+        await run.offer()
+        if player.node is not node:
+            return  # it died meanwhile
         progress: Floats = np.zeros(ENTRIES, dtype=np.float32)
         if training.learns and machine.rng.random() < 0.5:
             bits = np.random.default_rng(machine.rng.getrandbits(32))

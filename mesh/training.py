@@ -25,6 +25,7 @@ from typing import Final, Self
 import torch
 
 from mesh.attachment import Attachment
+from mesh.codec import EXACT, check_codec
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
 from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
@@ -69,6 +70,7 @@ def join(
     weight: float = 1.0,
     patience: float = 0.0,
     sync_timeout: float = 2.0,
+    codec: str = EXACT,
     state: str | os.PathLike[str] | None = None,
     settings: NodeSettings | None = None,
 ) -> "JoinedNode":
@@ -85,6 +87,8 @@ def join(
     every: steps between hand-overs; smaller for small batches and uneven data.
     weight: this node's part in the average (FedAvg: its number of samples).
     patience: seconds that a hand-over may wait for its exchange; 0 never waits.
+    codec: how this node writes numbers in the exchanges it begins: "f32" exactly; "bf16" in half the
+        bytes; "int8" in a quarter of them, rounded by chance. Nodes of one run may differ.
     state, settings: which node; default $MESH_STATE, else the user's own.
 
     Raises UsageError (what to change is in the message) or MeshError.
@@ -110,6 +114,7 @@ def join(
             "schema": tensors.schema(),
             "weight": float(weight),
             "every": every,
+            "codec": check_codec(codec),
             "sync_timeout_s": float(sync_timeout),
             "pid": os.getpid(),
             "script": sys.argv[0] or "python",

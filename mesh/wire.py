@@ -241,6 +241,7 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             started=_flag,
             exchanged=_flag,
             progress=_whole(0, 64),
+            codec=_text(16),
         ),
     ),
     (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),

@@ -331,6 +331,7 @@ class BadMember:
             "started": True,
             "exchanged": True,
             "progress": 0,
+            "codec": "f32",
         }
         return OpenExchange(**{**fields, **changes})
 

@@ -43,11 +43,11 @@ def applies_one_again_after_resume(self):
     self.sent = self.applied
 
 
-def takes_the_wrong_sign(self, index, body, share):
+def takes_the_wrong_sign(self, index, body, share, codec):
     w = self.weights[self.slice_of(index)]
-    delta = self.codec.decode(body, self._decoded[: len(w)])
+    delta = codec.decode(body, self._decoded[: len(w)])
     distance = square_norm(delta)
-    self._add(index, delta, share)
+    self._move(w, delta, share)
     return distance
 
 
@@ -55,18 +55,18 @@ def knows_no_window(self):
     return None if self.sent == self.fragments else self.sent
 
 
-def takes_what_is_not_finite(self, index, body, share, reply):
+def takes_what_is_not_finite(self, index, body, share, reply, codec):
     w = self.weights[self.slice_of(index)]
-    delta = self.codec.decode(body, self._decoded[: len(w)]) - w
-    self.codec.encode(delta, reply)
-    self._add(index, delta, share)
+    delta = codec.decode(body, self._decoded[: len(w)]) - w
+    codec.encode(delta, reply)
+    self._move(w, delta, share)
     return float(delta @ delta)
 
 
-def merges_twice(self, *, step, loss, samples):
+async def merges_twice(self, *, step, loss, samples):
     self.ours = True
-    self.hand_over.merge()
-    self.hand_over.merge()
+    for index in 2 * list(range(self.replica.fragments)):
+        self.hand_over.merge(index)
 
 
 def prefers_alive(new, old):
@@ -86,10 +86,10 @@ def waits_for_ever(self, node, suspicion, now):
     return []
 
 
-def begins_anew(self, initiator, exchange, start):
+def begins_anew(self, initiator, exchange, start, codec):
     """A resumed exchange is a new one to its responder."""
     self.forget(initiator)
-    return self_open(self, initiator, exchange, 0)
+    return self_open(self, initiator, exchange, 0, codec)
 
 
 self_open = Responses.open

@@ -577,6 +577,16 @@ def resumes_further_than_it_came(connection, bad, training):
     connection.say(bad.opening(training, exchange=exchange, start=2))
 
 
+def resumes_in_another_codec(connection, bad, training):
+    exchange = opened(connection, bad, training)
+    connection.say(bad.opening(training, exchange=exchange, codec="int8"))
+
+
+def float32_in_an_int8_exchange(connection, bad, training):
+    exchange = opened(connection, bad, training, codec="int8")
+    connection.say(Fragment(exchange=exchange, index=0, received=0), whole(training))
+
+
 def resumes_beyond_the_end(connection, bad, training):
     exchange = opened(connection, bad, training)
     connection.say(bad.opening(training, exchange=exchange, start=FRAGMENTS + 1))
@@ -614,6 +624,8 @@ BAD_FRAGMENTS = {
     "an older exchange": older_exchange,
     "resuming further than it came": resumes_further_than_it_came,
     "resuming beyond the end": resumes_beyond_the_end,
+    "resuming in another codec": resumes_in_another_codec,
+    "float32 where int8 was agreed": float32_in_an_int8_exchange,
     "a body behind an opening": body_behind_an_opening,
     "garbage in between": garbage_in_between,
 }
@@ -673,6 +685,7 @@ REFUSED_OPENINGS = {
     "a run that is not here": ({"run": "other"}, "not trained here"),
     "a replica without weights": ({"started": False, "exchanged": False}, "takes the other's"),
     "an exchange nobody began": ({"start": 3}, "not known here"),
+    "a codec that nobody has": ({"codec": "f33"}, "no codec f33 here"),
 }
 
 

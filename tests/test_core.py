@@ -235,7 +235,7 @@ def test_both_shares_move_the_weighted_sum_by_nothing(p, q, halved):
 
 
 def initiation(fragments=20):
-    return Initiation(exchange=7, peer=A, fragments=fragments, pull=False)
+    return Initiation(exchange=7, peer=A, fragments=fragments, pull=False, codec="f32")
 
 
 def test_the_initiator_sends_no_further_than_the_window_and_takes_deltas_in_order():
@@ -266,11 +266,11 @@ def test_after_a_lost_connection_it_resumes_at_the_first_missing_delta():
 def test_the_responder_answers_a_repeated_fragment_from_what_it_kept():
     freed = []
     responses = Responses(20, freed.append)
-    assert responses.open(A, 7, 0) is None
+    assert responses.open(A, 7, 0, "f32") is None
     for index in range(3):
         assert responses.kept(A, 7, index, 0) is None
         responses.applied(A, 7, index, f"reply {index}")
-    assert responses.open(A, 7, 1) is None
+    assert responses.open(A, 7, 1, "f32") is None
     assert responses.kept(A, 7, 1, 1) == "reply 1"
     assert freed == ["reply 0"]
     for index, received in ((4, 1), (0, 1), (3, 4), (2, -1)):
@@ -280,7 +280,7 @@ def test_the_responder_answers_a_repeated_fragment_from_what_it_kept():
 
 def test_the_responder_keeps_no_more_than_the_window():
     responses = Responses(20, lambda _: None)
-    responses.open(A, 7, 0)
+    responses.open(A, 7, 0, "f32")
     for index in range(WINDOW):
         responses.kept(A, 7, index, 0)
         responses.applied(A, 7, index, index)
@@ -294,22 +294,24 @@ def test_of_too_many_exchanges_the_finished_are_forgotten_first_then_the_oldest(
     responses = Responses(1, freed.append)
     nodes = [NodeId(f"node{k:08}") for k in range(RECORDS_LIMIT + 2)]
     for k, node in enumerate(nodes[:RECORDS_LIMIT]):
-        responses.open(node, 1, 0)
+        responses.open(node, 1, 0, "f32")
         responses.kept(node, 1, 0, 0)
         responses.applied(node, 1, 0, k)
     responses.finish(nodes[5], 1)
     for node in nodes[RECORDS_LIMIT:]:
-        assert responses.open(node, 1, 0) is None
+        assert responses.open(node, 1, 0, "f32") is None
     assert freed == [5, 0]
-    assert "not known" in responses.open(nodes[0], 1, 1)
-    assert responses.open(nodes[1], 1, 1) is None
+    assert "not known" in responses.open(nodes[0], 1, 1, "f32")
+    assert responses.open(nodes[1], 1, 1, "f32") is None
 
 
 def test_an_exchange_that_is_not_known_here_is_not_resumed():
     responses = Responses(20, lambda _: None)
-    assert "not known" in responses.open(A, 7, 5)
-    responses.open(A, 8, 0)
+    assert "not known" in responses.open(A, 7, 5, "f32")
+    responses.open(A, 8, 0, "f32")
     with pytest.raises(RemoteProtocolError):
-        responses.open(A, 7, 0)
+        responses.open(A, 7, 0, "f32")
     with pytest.raises(RemoteProtocolError):
-        responses.open(A, 8, 3)
+        responses.open(A, 8, 3, "f32")
+    with pytest.raises(RemoteProtocolError, match="resumes in int8, began in f32"):
+        responses.open(A, 8, 0, "int8")

@@ -49,30 +49,25 @@ async def exchange_under_losses(rng, make, posts):
         mesh.network.lose_all()
         apart = [make(rng.randrange(1 << 30)) for _ in range(2)]
         total = sum(p.weights.astype(np.float64) + d for p, d in zip((a, b), apart, strict=True))
-        await until(lambda: not (a.run.ours or b.run.ours) or _offer(a, b))
+        for player in (a, b):
+            await player.run.offer()
         await a.post(apart[0])
         await b.post(apart[1])
         for _ in range(posts):
             await trio.sleep(rng.uniform(0.05, 1.0))
             player = rng.choice((a, b))
-            player.run.offer()
+            await player.run.offer()
             await player.post()
         mesh.network.weather = Weather()
         await until(lambda: not (a.run.unfinished or b.run.unfinished) and _idle(a, b), 300)
         for _ in range(4):
             for player in (a, b):
-                player.run.offer()
+                await player.run.offer()
                 await player.post()
                 await until(lambda: _idle(a, b))
         after = sum(p.weights.astype(np.float64) for p in (a, b))
         resumed = sum(p.run.counters.resumed for p in (a, b))
         return total, after, a.weights, b.weights, resumed
-
-
-def _offer(*players):
-    for player in players:
-        player.run.offer()
-    return True
 
 
 def _idle(*players):
@@ -121,7 +116,11 @@ def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight():
         async with memory_mesh(rng, 1) as mesh:
             run = (await mesh.attach(1, dyadic(1))).run
             asked = exchange.Initiation(
-                exchange=1, peer=NodeId("a" * 16), fragments=run.replica.fragments, pull=False
+                exchange=1,
+                peer=NodeId("a" * 16),
+                fragments=run.replica.fragments,
+                pull=False,
+                codec="f32",
             )
             asked.fragment_sent()
             asked.connection_lost()
@@ -145,7 +144,7 @@ def test_no_more_than_the_window_is_ever_in_doubt():
                     if player.run.current is not None:
                         most = max(most, len(player.run.current.in_doubt))
                     assert player.run.responses.kept_replies <= WINDOW
-                    player.run.offer()
+                    await player.run.offer()
                     await player.post()
 
     run_seeded(main, 1)

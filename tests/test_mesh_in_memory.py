@@ -324,7 +324,7 @@ def test_of_two_that_trained_alone_the_one_that_came_further_gives(far, near):
             await until(lambda: all(p.begun == "alone" for p in players.values()))
             for index, posts in ((far, 100), (near, 3)):
                 for _ in range(posts):
-                    players[index].run.offer()
+                    await players[index].run.offer()
                     await players[index].post(1.0)
                     await trio.sleep(0.01)
             mesh.network.partition()
@@ -374,14 +374,14 @@ def test_a_donor_that_dies_half_way_leaves_no_half_of_its_model(monkeypatch):
             taker = await mesh.attach(2, -large, sync_timeout_s=0.1)
             await until(lambda: giver.begun and taker.begun)
             for _ in range(10):
-                giver.run.offer()
+                await giver.run.offer()
                 await giver.post()
                 await trio.sleep(0.01)
             mesh.network.partition()
             await until(lambda: taker.run.current is not None and taker.run.current.applied > 5, 60)
             mesh.crash(1)
             await until(lambda: taker.run.current is None, 60)
-            taker.run.offer()
+            await taker.run.offer()
             await taker.post()
             assert set(np.unique(taker.weights)) == {-1.0}
 
@@ -396,7 +396,7 @@ def test_a_training_that_attaches_again_at_once_never_mixes_its_first_draw_into_
             await until(lambda: a.begun and b.begun)
             await until(lambda: a.node.exchanged(a.run) and b.node.exchanged(b.run))
             await trio.sleep(rng.random())
-            a.run.offer()
+            await a.run.offer()
             await a.post(waits=True)
             await mesh.nodes[1].detach(a.run)
             again = await mesh.attach(1, X + 1e6)
@@ -418,7 +418,7 @@ def test_one_peer_on_a_bad_line_does_not_keep_the_others_waiting():
             before = [p.run.counters.completed for p in players]
             for _ in range(300):
                 for player in players[:3]:
-                    player.run.offer()
+                    await player.run.offer()
                     await player.post()
                 await trio.sleep(0.2)
             for player, done in zip(players[:3], before, strict=False):
@@ -446,7 +446,7 @@ def test_random_vectors_reach_consensus_at_the_speed_of_theory(count, bound):
             done = sum(p.run.counters.completed for p in players)
             while np.ptp([p.weights[0] for p in players]) > 2e-5:
                 for player in players:
-                    player.run.offer()
+                    await player.run.offer()
                     await player.post(waits=True)
                 await trio.sleep(0.05)
             rounds = (sum(p.run.counters.completed for p in players) - done) / (count / 2)

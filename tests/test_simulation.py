@@ -1,5 +1,6 @@
 """The simulator itself: it replays, it passes on the deployed code, and each of its checks can fail."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import trio
 
+from mesh import simulated_mesh, simulation
+from mesh.codec import NAMES, Float32
 from mesh.core.exchange import Initiation
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
 from mesh.simulation import simulate
@@ -85,6 +88,18 @@ def test_a_mesh_of_one_node_lives():
     assert simulate(5, nodes=1, seconds=5.0).failure is None
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mesh_whose_trainings_use_different_codecs_lives_under_faults(seed, monkeypatch):
+    """All that the ledger counts holds as it is; replicas agree but for a rounding step of int8."""
+    names = itertools.cycle(NAMES)
+    player = simulated_mesh.Player
+    monkeypatch.setattr(
+        simulated_mesh, "Player", lambda x, **how: player(x, codec=next(names), **how)
+    )
+    monkeypatch.setattr(simulation, "AGREED", 0.01)
+    assert simulate(seed).failure is None
+
+
 # ---------------------------------------------------------------------- each check of the ledger
 
 
@@ -99,7 +114,7 @@ class Exchange:
     def replica(self, name, value):
         replica = WatchedReplica(FRAGMENT_ENTRIES, name * 8, 1.0, self.ledger)
         self.ledger.born(replica)
-        replica.fill(np.full(FRAGMENT_ENTRIES, value, dtype=np.float32))
+        replica.fill(0, np.full(FRAGMENT_ENTRIES, value, dtype=np.float32))
         replica.run = SimpleNamespace(current=None, initiated=[])
         return replica
 
@@ -107,14 +122,16 @@ class Exchange:
         """`b` answers fragment 0 of `a`; returns the delta."""
         self.a.exchanges.add(exchange)
         self.a.run.current = Initiation(
-            exchange=exchange, peer=self.b.node, fragments=1, pull=False
+            exchange=exchange, peer=self.b.node, fragments=1, pull=False, codec="f32"
         )
-        own = Initiation(exchange=9, peer=self.a.node, fragments=1, pull=False, sent_once=1)
+        own = Initiation(
+            exchange=9, peer=self.a.node, fragments=1, pull=False, codec="f32", sent_once=1
+        )
         self.b.run.initiated = [own] if crosses else []
         body, reply = (memoryview(bytearray(4 * FRAGMENT_ENTRIES)) for _ in range(2))
-        self.a.write(0, body)
-        self.b.answer(0, body, share, reply)
-        self.ledger.answered(self.b, (self.a.node, exchange, 0), bytes(reply), halved)
+        self.a.write(0, body, Float32())
+        self.b.answer(0, body, share, reply, Float32())
+        self.ledger.answered(self.b, (self.a.node, exchange, 0), halved)
         return reply
 
     def violations(self):
@@ -127,7 +144,7 @@ def test_an_exchange_that_is_right_is_let_pass():
     delta = exchange.answer()
     assert exchange.ledger.in_flight() == 1
     assert exchange.violations() == ""
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
     assert exchange.violations() == ""
     assert exchange.a.weights.tolist() == exchange.b.weights.tolist() == [2.0] * FRAGMENT_ENTRIES
 
@@ -139,18 +156,18 @@ def answered_twice(exchange):
 
 def applied_twice(exchange):
     delta = exchange.answer()
-    exchange.a.apply(0, delta, 0.5)
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
+    exchange.a.apply(0, delta, 0.5, Float32())
 
 
 def unequal_shares(exchange):
-    exchange.a.apply(0, exchange.answer(), 0.25)
+    exchange.a.apply(0, exchange.answer(), 0.25, Float32())
 
 
 def other_bits(exchange):
     delta = exchange.answer()
     delta[0] ^= 1
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
 
 
 def crossed_with_full_steps(exchange):
@@ -177,7 +194,7 @@ def a_weight_that_is_not_finite(exchange):
 
 def an_answer_without_a_kept_reply(exchange):
     exchange.answer()
-    exchange.b.answered = 0, 0.5
+    exchange.b.answered = 0, 0.5, b""
     exchange.answer(exchange=2)
 
 
@@ -208,10 +225,10 @@ def test_what_a_training_posts_while_a_delta_is_on_its_way_went_in_as_well():
     delta = exchange.answer()
     four, nothing = (np.full(FRAGMENT_ENTRIES, value, dtype=np.float32) for value in (4, 0))
     exchange.a.progress(0, four, nothing)
-    exchange.a.apply(0, delta, 0.5)
+    exchange.a.apply(0, delta, 0.5, Float32())
     assert exchange.a.weights.tolist() == [6.0] * FRAGMENT_ENTRIES
     assert exchange.said == []
-    exchange.b.answer(0, memoryview(exchange.a.weights.tobytes()), 1.2, delta)
+    exchange.b.answer(0, memoryview(exchange.a.weights.tobytes()), 1.2, delta, Float32())
     assert "left the hull" in " ".join(exchange.said), "and no further"
 
 

@@ -49,6 +49,8 @@ class Initiation:
     peer: NodeId
     fragments: int
     pull: bool
+    codec: str
+    """stays, however often the exchange is resumed: replies that are kept were written with it"""
     applied: int = 0
     sent: int = 0
     sent_once: int = 0
@@ -90,7 +92,8 @@ class Initiation:
 @dataclass(slots=True)
 class _Record(Generic[Reply]):
     exchange: int
-    applied: int
+    codec: str
+    applied: int = 0
     finished: bool = False
     kept: deque[tuple[int, Reply]] = field(default_factory=deque)
 
@@ -108,12 +111,14 @@ class Responses(Generic[Reply]):
     def kept_replies(self) -> int:
         return sum(len(record.kept) for record in self._records.values())
 
-    def open(self, initiator: NodeId, exchange: int, start: int) -> str | None:
+    def open(self, initiator: NodeId, exchange: int, start: int, codec: str) -> str | None:
         """Begins or resumes an exchange; returns why not, or None."""
         record = self._records.get(initiator)
         if record is not None and record.exchange == exchange:
             if record.applied < start <= self._fragments or start > self._fragments:
                 raise RemoteProtocolError(f"resumes at {start}, applied {record.applied}")
+            if record.codec != codec:
+                raise RemoteProtocolError(f"resumes in {codec}, began in {record.codec}")
             return None
         if start:
             return "this exchange is not known here"
@@ -122,7 +127,7 @@ class Responses(Generic[Reply]):
         self.forget(initiator)
         if len(self._records) >= RECORDS_LIMIT:
             self._forget_one()
-        self._records[initiator] = _Record(exchange=exchange, applied=0)
+        self._records[initiator] = _Record(exchange=exchange, codec=codec)
         return None
 
     def kept(self, initiator: NodeId, exchange: int, index: int, received: int) -> Reply | None:

@@ -175,6 +175,8 @@ class OpenExchange:
     started: bool
     exchanged: bool
     progress: int
+    codec: str
+    """how fragments and deltas are written, both ways (mesh/codec.py)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

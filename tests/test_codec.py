@@ -1,0 +1,244 @@
+"""Codecs: what arrives is what closed forms say, or unbiased; whatever a peer sends, mass is kept."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesh import replica
+from mesh.codec import BLOCK, NAMES, PIECE, check_codec, make_codecs
+from mesh.errors import NotFinite, UsageError
+from mesh.player import Player
+from mesh.replica import Replica, square_norm
+from tests.mesh_in_memory import memory_mesh, run_seeded, until
+
+LENGTHS = (1, 2, 3, 255, 256, 257, 1000, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 300)
+ROUNDING = ("bf16", "int8")
+
+
+def codec_of(name, seed=1):
+    return make_codecs(Random(seed))[name]
+
+
+def encoded(codec, values):
+    body = memoryview(bytearray(codec.encoded_bytes(len(values))))
+    codec.encode(values, body)
+    return body
+
+
+def passed(codec, values):
+    """What arrives."""
+    return codec.decode(encoded(codec, values), np.empty_like(values)).copy()
+
+
+def normal(count, seed=1):
+    return np.random.default_rng(seed).standard_normal(count, dtype=np.float32)
+
+
+def steps_of_int8(values):
+    """The step of each entry: its block's largest over 126.99."""
+    peaks = [np.abs(values[k : k + BLOCK]).max() for k in range(0, len(values), BLOCK)]
+    return np.repeat(np.maximum(peaks, 2.0**-100) / 126.99, BLOCK)[: len(values)]
+
+
+ODD_VALUES = np.float32(
+    [
+        0,
+        -0.0,
+        1e-45,
+        -1e-45,
+        1.1754942e-38,
+        1,
+        -1,
+        1.00390625,
+        1.01171875,
+        3e38,
+        -3.4028235e38,
+        1.8e19,
+    ]
+)
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_float32_is_exact(count):
+    assert passed(codec_of("f32"), normal(count)).tobytes() == normal(count).tobytes()
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_bfloat16_is_that_of_torch_bit_for_bit(count):
+    bits = np.random.default_rng(count).integers(0, 2**32, count, dtype=np.uint32)
+    values = bits.view(np.float32)  # every kind of number, NaN and infinities among them
+    expected = torch.from_numpy(values.copy()).bfloat16().float().numpy()
+    assert np.array_equal(passed(codec_of("bf16"), values), expected, equal_nan=True)
+
+
+def test_bfloat16_of_odd_numbers_is_that_of_torch():
+    odd = np.float32([np.inf, -np.inf, np.nan, *ODD_VALUES])
+    nearly = np.uint32([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x3F808000, 0x3F818000, 0x3F808001])
+    values = np.concatenate([odd, nearly.view(np.float32)])
+    expected = torch.from_numpy(values.copy()).bfloat16().float().numpy()
+    assert np.array_equal(passed(codec_of("bf16"), values), expected, equal_nan=True)
+    assert np.isnan(passed(codec_of("bf16"), nearly[:3].view(np.float32))).all()
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_int8_is_at_most_one_step_off_and_a_quarter_as_long(count):
+    values = normal(count)
+    error = np.abs(passed(codec_of("int8"), values) - values)
+    assert (error <= steps_of_int8(values) * (1 + 1e-5)).all()
+    assert codec_of("int8").encoded_bytes(count) == count + 4 * -(-count // BLOCK)
+
+
+@given(
+    st.lists(
+        st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126), min_size=1, max_size=600
+    )
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_int8_is_at_most_one_step_off_whatever_the_numbers(numbers):
+    values = np.float32(numbers)
+    error = np.abs(passed(codec_of("int8"), values).astype(np.float64) - values)
+    assert (error <= steps_of_int8(values.astype(np.float64)) * (1 + 1e-5)).all()
+
+
+def test_int8_is_right_on_average_and_zero_stays_zero():
+    values = np.concatenate([normal(300), np.zeros(300, np.float32), np.float32([1e-45, -1e-40])])
+    count = 2000
+    mean = sum(passed(codec_of("int8", seed), values).astype(np.float64) for seed in range(count))
+    steps = steps_of_int8(values)
+    # The standard deviation of one rounding is at most half a step; of a mean nothing lies 5 off.
+    assert (np.abs(mean / count - values) <= 5 * 0.5 * steps / count**0.5).all()
+    assert (mean[512:600] == 0).all()
+
+
+def test_int8_rounds_by_its_seed_alone():
+    values = normal(1000)
+    first, again, other = (passed(codec_of("int8", seed), values) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, -1.0, 3.4e38])
+def test_a_scale_that_no_encoder_writes_is_refused_as_not_finite(scale):
+    codec, values = codec_of("int8"), normal(600)
+    body = encoded(codec, values)
+    body[4:8] = np.float32(scale).tobytes()
+    mine = Replica(600)
+    mine.fill(0, values)
+    reply = memoryview(bytearray(len(body)))
+    for step in (
+        lambda: mine.answer(0, body, 0.5, reply, codec),
+        lambda: mine.apply(0, body, 0.5, codec),
+        lambda: mine.take(0, body, np.empty(600, np.float32), codec),
+    ):
+        with pytest.raises(NotFinite):
+            step()
+    assert mine.weights.tobytes() == values.tobytes(), "nothing was changed"
+
+
+@given(st.sampled_from(ROUNDING), st.integers(1, 700), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_whatever_bytes_come_they_are_taken_whole_or_refused(name, count, rng):
+    codec = codec_of(name)
+    body = memoryview(bytearray(rng.randbytes(codec.encoded_bytes(count))))
+    mine = Replica(count)
+    before = mine.weights.copy()
+    try:
+        assert np.isfinite(mine.apply(0, body, 0.5, codec))
+    except NotFinite:
+        assert mine.weights.tobytes() == before.tobytes()
+    assert np.isfinite(mine.weights).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [5, 700, PIECE + 300])
+def test_both_ends_apply_the_very_same_delta(name, count):
+    """From weights of 0 a step of the whole delta leaves the delta itself in each replica."""
+    a, b, codec = Replica(count), Replica(count), codec_of(name)
+    a.fill(0, normal(count))
+    sent, reply = (memoryview(bytearray(codec.encoded_bytes(count))) for _ in range(2))
+    a.write(0, sent, codec)
+    distance = b.answer(0, sent, 1.0, reply, codec)
+    delta = b.weights.copy()
+    a.weights[:] = 0
+    moved = a.apply(0, reply, 1.0, codec_of(name, seed=9))
+    assert np.array_equal(-a.weights, delta)
+    assert moved == pytest.approx(square_norm(delta))
+    assert distance == pytest.approx(moved, rel=0.1)
+
+
+def test_a_codec_that_is_none_is_said_at_once():
+    with pytest.raises(UsageError, match="codec='bf17': one of f32, bf16, int8"):
+        check_codec("bf17")
+    with pytest.raises(UsageError):
+        check_codec(["f32"])
+
+
+# ------------------------------------------------------------------------------- in a whole mesh
+
+ENTRIES = 5000
+
+
+@pytest.fixture
+def small_fragments(monkeypatch):
+    monkeypatch.setattr(replica, "FRAGMENT_ENTRIES", 600)
+
+
+async def meet(rng, codecs):
+    """One replica in each codec, started as one model, moved apart, left to meet; returns (sums before
+    and after in float64, how far apart, players)."""
+    async with memory_mesh(rng, len(codecs)) as mesh:
+        players = []
+        for index, codec in enumerate(codecs, 1):
+            players.append(Player(normal(ENTRIES), codec=codec))
+            await players[-1].attach(mesh.nodes[index])
+        await until(lambda: all(p.begun and p.node.exchanged(p.run) for p in players))
+        mesh.network.lose_all()
+        for seed, player in enumerate(players):
+            await player.run.offer()
+            await player.post(normal(ENTRIES, seed + 10))
+        before = sum(player.x.astype(np.float64) for player in players)
+        await trio.sleep(20)
+        await until(lambda: all(p.run.current is None and not p.run.unfinished for p in players))
+        after = sum(player.weights.astype(np.float64) for player in players)
+        apart = np.ptp([player.weights for player in players], axis=0).max()
+        return before, after, apart, players
+
+
+@pytest.mark.usefixtures("small_fragments")
+@pytest.mark.parametrize("codecs", [("bf16", "bf16"), ("int8", "int8"), ("f32", "bf16", "int8")])
+def test_nodes_of_any_codecs_agree_and_their_sum_stays(codecs):
+    before, after, apart, players = run_seeded(meet, 3, codecs)
+    assert all(player.run.counters.completed for player in players)
+    assert np.abs(after - before).max() <= 2e-5, "only float32's own rounding may move the sum"
+    assert apart <= 0.15, "two or three steps of int8 where the largest weight is 5"
+
+
+@pytest.mark.usefixtures("small_fragments")
+def test_a_newcomer_takes_weights_exactly_whatever_its_codec():
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            donor, taker = (Player(normal(ENTRIES, s), codec="int8") for s in (1, 2))
+            await donor.attach(mesh.nodes[1])
+            await until(lambda: donor.begun == "alone")
+            await taker.attach(mesh.nodes[2])
+            await until(lambda: taker.begun)
+            assert taker.x.tobytes() == donor.x.tobytes()
+
+    run_seeded(main, 1)
+
+
+@pytest.mark.usefixtures("small_fragments")
+def test_fewer_bytes_travel():
+    def bytes_of(codec):
+        _, _, _, players = run_seeded(meet, 5, (codec, codec))
+        sent = sum(player.run.counters.bytes_sent for player in players)
+        return sent / sum(p.run.counters.completed for p in players)
+
+    exact = bytes_of("f32")
+    assert bytes_of("bf16") < 0.55 * exact
+    assert bytes_of("int8") < 0.3 * exact
