@@ -156,6 +156,7 @@ async def _node(entries: int, state: Path, codec: str) -> None:
             sync_timeout_s=2.0,
             pid=os.getpid(),
             script="",
+            codec=codec,
         )
         run = await me.attach(spec, model, np.empty_like(model), tell)
         with trio.fail_after(BEGUN_S):
@@ -164,12 +165,12 @@ async def _node(entries: int, state: Path, codec: str) -> None:
                 await trio.sleep(0.05)
         say(ready=str(identity.node))
         partner = (await trio.to_thread.run_sync(hear))["partner"]
-        number = 2**62  # beyond what the schedule used: numbers of a node only rise
         say(ready=True)
         while True:
             # A blocking read of a pipe in a thread: the node's loop goes on meanwhile.
             await trio.to_thread.run_sync(hear)
-            number += 1
+            me._protocol._averaging._exchange += 1  # numbers of a node only rise, whoever begins
+            number = me._protocol._averaging._exchange
             before = run.counters.bytes_sent, run.counters.completed
             began = time.perf_counter()
             await me._initiator.initiate(

@@ -77,7 +77,7 @@ class Contender:
         self._starters = starters
         self.seconds: list[float] = []
         self.cpu_s: list[float] = []
-        self.bytes_sent = 0
+        self.bytes_sent: list[int] = []
 
     def go(self) -> None:
         before = sum(part.cpu_s for part in self._parts)
@@ -86,7 +86,7 @@ class Contender:
         heard = [part.hear() for part in self._starters]
         self.seconds.append(max(each["seconds"] for each in heard))
         self.cpu_s.append(sum(part.cpu_s for part in self._parts) - before)
-        self.bytes_sent = heard[0].get("bytes", 0)
+        self.bytes_sent.append(heard[0].get("bytes", 0))
 
     def end(self) -> None:
         for part in self._parts:
@@ -186,8 +186,8 @@ def measure(
             if other in made and other != name:
                 pairs = zip(seconds, made[other].seconds[WARM_UP:], strict=True)
                 row[f"over_{other}"] = statistics.median(mine / theirs for mine, theirs in pairs)
-        if contender.bytes_sent:
-            row["wire"] = contender.bytes_sent / (4 * entries)
+        if any(contender.bytes_sent):
+            row["wire"] = statistics.median(contender.bytes_sent) / (4 * entries)
         rows[name] = row
     return {"entries": entries, "nodes": nodes, "load": load, "rounds": rounds, "rows": rows}
 

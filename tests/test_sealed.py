@@ -3,6 +3,7 @@
 tests/helpers.py has the same records written once more, over blocking sockets (Records).
 """
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from mesh.core.messages import NodeId
 from mesh.errors import PeerTimeout, RemoteProtocolError, StreamLost
 from mesh.identity import create_mesh, join_mesh, load, node_of
-from mesh.net import sealed
+from mesh.net import sealed, sockets
 from mesh.net.sealed import Offer, SealedStream
 from mesh.net.sockets import SocketStream
 from mesh.net.tcp import TcpTransport
@@ -199,21 +200,49 @@ def test_a_connection_that_ends_within_a_record_is_lost(cut):
 
 
 def test_a_large_buffer_is_held_only_while_a_large_record_comes():
-    streams = [ends() for _ in range(50)]
-    for _, other in streams:
-        other.sendall((1 << 20).to_bytes(4, "big"))
+    """Fifty connections that bring large records one after the other need one between them."""
+    connections = [ends() for _ in range(50)]
+    text = Random(6).randbytes(100_000)
+    view = memoryview(bytearray(len(text)))
 
     async def main():
         taken = set()
-        for stream, _ in streams:
+        for stream, other in connections:
+            record = records().record(text)
+            other.sendall(record[:50_000])
             with pytest.raises(PeerTimeout):
-                await stream.receive_into(memoryview(bytearray(10)), 0.001)
+                await stream.receive_into(view, 0.001)
+            assert stream._in is not stream._first
             taken.add(id(stream._in))
-            await stream.aclose()
+            other.sendall(record[50_000:])
+            assert await stream.receive_into(view) == len(text)
             assert stream._in is stream._first
-        assert len(taken) == 1, "fifty connections, one after the other, need one"
+        assert len(taken) == 1
 
     trio_run(main)
+
+
+def test_a_stream_that_is_closed_while_another_task_reads_is_lost_to_it(monkeypatch):
+    """The reader is between two turns, with the whole record in hand, when the sender closes."""
+    monkeypatch.setattr(sockets, "YIELD_BYTES", 1)
+    heard = []
+
+    async def read(stream):
+        with contextlib.suppress(StreamLost):
+            heard.append(await stream.receive_into(memoryview(bytearray(100_000))))
+
+    async def main(turns):
+        stream, other = ends()
+        other.sendall(records().record(bytes(100_000)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, stream)
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            await stream.aclose()
+
+    for number in range(40):  # trio runs tasks of one turn in any order
+        trio_run(main, number % 4)
+    assert set(heard) == {100_000}
 
 
 def test_what_came_before_a_timeout_is_not_lost():
