@@ -183,7 +183,7 @@ async def _node(entries: int, state: Path, codec: str) -> None:
                 )
             )
             took = time.perf_counter() - began
-            if run.counters.completed != before[1] + 1:
+            if run.counters.completed <= before[1]:
                 raise SystemExit("an exchange did not complete")
             say(seconds=took, bytes=run.counters.bytes_sent - before[0])
 
