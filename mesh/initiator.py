@@ -123,7 +123,7 @@ class Initiator:
             peer=start.peer,
             fragments=run.replica.fragments,
             pull=start.pull,
-            codec=EXACT if start.pull else run.spec.codec,
+            codec=EXACT if start.pull or start.rest else run.spec.codec,
         )
 
     def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:

@@ -215,7 +215,7 @@ def test_nodes_of_any_codecs_agree_and_their_sum_stays(codecs):
     before, after, apart, players = run_seeded(meet, 3, codecs)
     assert all(player.run.counters.completed for player in players)
     assert np.abs(after - before).max() <= 2e-5, "only float32's own rounding may move the sum"
-    assert apart <= 0.15, "two or three steps of int8 where the largest weight is 5"
+    assert apart <= 1e-4, "at rest nothing is rounded: else they stay two or three steps apart"
 
 
 @pytest.mark.usefixtures("small_fragments")
@@ -233,12 +233,21 @@ def test_a_newcomer_takes_weights_exactly_whatever_its_codec():
 
 
 @pytest.mark.usefixtures("small_fragments")
-def test_fewer_bytes_travel():
-    def bytes_of(codec):
-        _, _, _, players = run_seeded(meet, 5, (codec, codec))
-        sent = sum(player.run.counters.bytes_sent for player in players)
-        return sent / sum(p.run.counters.completed for p in players)
+def test_fewer_bytes_travel_while_trainings_go_on():
+    async def main(rng, codec):
+        async with memory_mesh(rng, 2) as mesh:
+            players = [Player(normal(ENTRIES), codec=codec) for _ in mesh.nodes]
+            for player, node in zip(players, mesh.nodes.values(), strict=True):
+                await player.attach(node)
+            await until(lambda: all(p.begun and p.node.exchanged(p.run) for p in players))
+            counters = players[0].run.counters
+            sent, completed = counters.bytes_sent, counters.completed
+            for _ in range(10):
+                await players[0].run.offer()
+                await players[0].post(normal(ENTRIES, 3))
+                await trio.sleep(0.2)
+            return (counters.bytes_sent - sent) / (counters.completed - completed)
 
-    exact = bytes_of("f32")
-    assert bytes_of("bf16") < 0.55 * exact
-    assert bytes_of("int8") < 0.3 * exact
+    exact, half, quarter = (run_seeded(main, 5, codec) for codec in ("f32", "bf16", "int8"))
+    assert half < 0.56 * exact  # headers count: these fragments are short
+    assert quarter < 0.31 * exact

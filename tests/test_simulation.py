@@ -90,7 +90,8 @@ def test_a_mesh_of_one_node_lives():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mesh_whose_trainings_use_different_codecs_lives_under_faults(seed, monkeypatch):
-    """All that the ledger counts holds as it is; replicas agree but for a rounding step of int8."""
+    """All that the ledger counts holds as it is; replicas agree but for a rounding step of int8: their
+    trainings go on to the end."""
     names = itertools.cycle(NAMES)
     player = simulated_mesh.Player
     monkeypatch.setattr(

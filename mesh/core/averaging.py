@@ -160,6 +160,7 @@ class Averaging:
                         addresses=self._membership.others[decision.peer].addresses,
                         exchange=self._exchange,
                         pull=decision.pull,
+                        rest=decision.rest,
                     )
                 )
             case GoAhead():

@@ -212,13 +212,18 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartExchange:
-    """Average with `peer` (or take its weights: `pull`); answer with ExchangeEnded."""
+    """Average with `peer` (or take its weights: `pull`); answer with ExchangeEnded.
+
+    `rest`: nothing new was posted. Numbers travel exactly then, or replicas whose codec rounds would
+    never agree.
+    """
 
     run: str
     peer: NodeId
     addresses: tuple[Address, ...]
     exchange: int
     pull: bool
+    rest: bool = False
 
 
 class Beginning(Enum):

@@ -64,10 +64,11 @@ def _rank(info: RunInfo) -> tuple[bool, bool, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Begin an exchange with this peer."""
+    """Begin an exchange with this peer. `rest`: nothing new was posted, replicas only settle."""
 
     peer: NodeId
     pull: bool
+    rest: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +216,7 @@ class Schedule:
             self._due = False
             return None
         if self._due or now >= self._rest_at:
-            return Start(peer=self._rng.choice(peers), pull=False)
+            return Start(peer=self._rng.choice(peers), pull=False, rest=not self._due)
         if self._rest_at == math.inf:
             self._rest_at = now + REST_S
         self._deadline = min(self._deadline, self._rest_at)
