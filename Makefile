@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 SEEDS ?= 1000
-BENCHMARKS ?= overhead stall memory start growth
+BENCHMARKS ?= exchange arithmetic overhead stall memory start growth
 
 .PHONY: demo test faults reliability bench soak lint format clean
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as every node process (mesh/process.py)
+
 import numpy as np
 import trio
 

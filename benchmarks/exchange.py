@@ -1,6 +1,6 @@
 """How fast two nodes average a model, as a multiple of what the wire itself takes.
 
-    python -m benchmarks.exchange [--entries N] [--rounds N] [--nodes N] [--load N] [--only raw,f32] [--json]
+    python -m benchmarks.exchange [--nodes N] [--load N] [--only raw,f32] [--quick] [--json]
 
 Contenders, each a set of processes on this machine's loopback: raw (two blocking threads for each
 connection: the wire), gloo (torch.distributed's all_reduce, neither encrypted nor authenticated),
@@ -10,7 +10,6 @@ rounds of (contender / raw of the same round), because the machine's speed chang
 `--load N`: N busy Python processes beside them, and raw under the same load.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,16 +17,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Figure, median, parser, present, run
 from mesh.identity import create_mesh, join_mesh
 
+ENTRIES = 25_000_000
+ENTRIES_QUICK = 300_000
 WARM_UP = 2
-CODECS = ("f32", "bf16", "int8")
-WIRE_TARGETS = {"f32": 1.001, "bf16": 0.501, "int8": 0.26}
+ROUNDS = 11
+ROUNDS_QUICK = 3
+
+CONTENDERS = ("raw", "gloo", "plain", "f32", "bf16", "int8")
+OVER_RAW = {"plain": 1.6, "f32": 2.5}
+OVER_GLOO = {"plain": 1.0, "f32": 1.4}
+WIRE = {"f32": 1.001, "bf16": 0.501, "int8": 0.26}
 
 
 class Part:
@@ -163,10 +169,8 @@ def contenders(
                 part.end()
 
 
-def measure(
-    names: list[str], *, entries: int, rounds: int, nodes: int, load: int
-) -> dict[str, Any]:
-    """One table: seconds, ratio to raw, bytes on the wire over the model's, for each contender."""
+def measure(names: list[str], *, entries: int, rounds: int, nodes: int, load: int) -> list[Figure]:
+    """Of each contender: seconds, CPU seconds, ratios, bytes on the wire over the model's."""
     with contenders(names, entries, nodes, load) as made:
         for turn in range(WARM_UP + rounds):
             for name in made:
@@ -175,63 +179,66 @@ def measure(
                 )
                 made[name].go()
         print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
-    rows = {}
+    figures = []
     for name, contender in made.items():
         seconds = contender.seconds[WARM_UP:]
-        row: dict[str, Any] = {
-            "seconds": statistics.median(seconds),
-            "cpu_s": statistics.mean(contender.cpu_s[WARM_UP:]),
-        }
-        for other in ("raw", "gloo"):
-            if other in made and other != name:
-                pairs = zip(seconds, made[other].seconds[WARM_UP:], strict=True)
-                row[f"over_{other}"] = statistics.median(mine / theirs for mine, theirs in pairs)
-        if any(contender.bytes_sent):
-            row["wire"] = statistics.median(contender.bytes_sent) / (4 * entries)
-        rows[name] = row
-    return {"entries": entries, "nodes": nodes, "load": load, "rounds": rounds, "rows": rows}
-
-
-def show(result: dict[str, Any]) -> None:
-    mb = 4 * result["entries"] / 1e6
-    print(
-        f"{result['nodes']} nodes, {mb:.0f} MB of float32, {result['load']} busy processes beside"
-    )
-    print(f"{'':8}{'ms':>8}{'CPU ms':>8}{'/ raw':>8}{'/ gloo':>8}{'wire / model':>14}")
-    for name, row in result["rows"].items():
-        ratios = [
-            f"{row[key]:8.2f}" if key in row else f"{'':8}" for key in ("over_raw", "over_gloo")
-        ]
-        wire = f"{row['wire']:14.4f}" if "wire" in row else ""
-        print(
-            f"{name:8}{1000 * row['seconds']:8.1f}{1000 * row['cpu_s']:8.1f}{''.join(ratios)}{wire}"
+        cpu = statistics.mean(contender.cpu_s[WARM_UP:])
+        figures.append(
+            Figure(
+                name=name,
+                value=1000 * median(seconds),
+                worst=1000 * max(seconds),
+                unit="ms",
+                rounds=rounds,
+                note=f"{1000 * cpu:.0f} ms of CPU, both ends",
+            )
         )
+        for other, goals in (("raw", OVER_RAW), ("gloo", OVER_GLOO)):
+            if other not in made or name in ("raw", "gloo"):
+                continue
+            theirs = made[other].seconds[WARM_UP:]
+            ratios = [mine / its for mine, its in zip(seconds, theirs, strict=True)]
+            figures.append(
+                Figure(
+                    name=f"{name} / {other}",
+                    value=median(ratios),
+                    worst=max(ratios),
+                    unit="",
+                    goal=goals.get(name) if nodes == 2 else None,
+                    rounds=rounds,
+                )
+            )
+        if any(contender.bytes_sent):
+            figures.append(
+                Figure(
+                    name=f"{name}: wire / model",
+                    value=statistics.median(contender.bytes_sent) / (4 * entries),
+                    unit="",
+                    goal=WIRE.get(name),
+                    rounds=rounds,
+                )
+            )
+    return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="How fast two nodes average a model.")
-    parser.add_argument("--entries", type=int, default=25_000_000, help="of float32")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--load", type=int, default=0, help="busy Python processes beside them")
-    parser.add_argument("--only", default="raw,gloo,plain,f32,bf16,int8")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    began = time.perf_counter()
-    result = measure(
-        options.only.split(","),
-        entries=options.entries,
-        rounds=options.rounds,
-        nodes=options.nodes,
-        load=options.load,
+def main() -> int:
+    flags = parser("exchange", "how fast two nodes average 100 MB, beside the wire itself")
+    flags.add_argument("--nodes", type=int, default=2, help="more than two make a ring")
+    flags.add_argument("--load", type=int, default=0, help="busy Python processes beside them")
+    flags.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by comma")
+    chosen = flags.parse_args()
+    names = chosen.only.split(",")
+    if unknown := set(names) - set(CONTENDERS):
+        flags.error(f"no contender {min(unknown)!r}; there are: {', '.join(CONTENDERS)}")
+    figures = measure(
+        names,
+        entries=ENTRIES_QUICK if chosen.quick else ENTRIES,
+        rounds=ROUNDS_QUICK if chosen.quick else ROUNDS,
+        nodes=chosen.nodes,
+        load=chosen.load,
     )
-    result["took_s"] = round(time.perf_counter() - began, 1)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    return present("exchange", figures, chosen, nodes=chosen.nodes, busy=chosen.load)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    run(main)
