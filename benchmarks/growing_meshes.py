@@ -22,7 +22,7 @@ import numpy as np
 import trio
 import trio.testing
 
-from mesh.codec import Float32, Floats
+from mesh.codec import Floats
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
@@ -164,7 +164,7 @@ class GrowingNode(Node):
     """The deployed node, with shorter fragments."""
 
     def _make_replica(self, entries: int) -> Replica:
-        return Replica(entries, Float32(), FRAGMENT_ENTRIES)
+        return Replica(entries, FRAGMENT_ENTRIES)
 
 
 async def gossip(rng: Random, count: int) -> dict[str, Cost]:

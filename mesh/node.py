@@ -179,16 +179,10 @@ class Node:
         """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
         weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
         self.check_run(spec)
-        self._runs[spec.run] = run = make_run(
-            spec,
-            self._make_replica(len(posted)),
-            self._codecs,
-            posted,
-            offered,
-            tell,
-            partial(self._protocol.partner_count, spec.run),
-            trio.current_time(),
-        )
+        replica, now = self._make_replica(len(posted)), trio.current_time()
+        partners = partial(self._protocol.partner_count, spec.run)
+        run = make_run(spec, replica, self._codecs, posted, offered, tell, partners, now)
+        self._runs[spec.run] = run
         try:
             await run.load()
         except BaseException as error:  # or the training went away meanwhile

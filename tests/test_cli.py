@@ -23,7 +23,7 @@ STATUS = {
         "name": str,
         "pid": int,
         "version": mesh.__version__,
-        "protocol": 2,
+        "protocol": 3,
         "state": str,
         "addresses": [str],
         "incarnation": str,
