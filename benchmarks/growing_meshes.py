@@ -69,13 +69,20 @@ Cards = dict[NodeId, Card]
 class CardStream:
     """A connection behind two cards. See mesh.net.transport.Stream."""
 
+    offer = ""
+
     def __init__(self, inner: Stream, own: Card, other: Card) -> None:
         self._inner = inner
         self._own, self._other = own, other
         self.peer, self.host = inner.peer, inner.host
 
-    async def send_all(self, data: bytes | memoryview, timeout_s: float = inf) -> None:
-        view = memoryview(data).cast("B")
+    def seal(self, offer: str) -> "CardStream":
+        return self
+
+    async def send_all(
+        self, data: bytes | memoryview, timeout_s: float = inf, *, head: bytes = b""
+    ) -> None:
+        view = memoryview(head + bytes(data))
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
             begin = max(trio.current_time(), self._own.out_free_at, self._other.in_free_at)

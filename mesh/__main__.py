@@ -1,6 +1,11 @@
 """The bare node process: `python -m mesh SETTINGS`, started by launch.py; people use `mesh up`."""
 
+import os
 import sys
+
+# Fragments are 1 MiB: a second BLAS thread would only take a core from the training.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from mesh.errors import MeshError
 from mesh.process import run_node

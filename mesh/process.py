@@ -13,11 +13,6 @@ from collections.abc import Callable
 from random import SystemRandom
 from typing import Final
 
-# Before anything imports numpy. Fragments are 1 MiB: a second BLAS thread would only take a core from
-# the training.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import trio
 
 from mesh.control import Control, listen

@@ -192,6 +192,8 @@ def _leave(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")  # as in mesh/__main__.py, before numpy is imported
     return mesh.run_node(_settings(arguments))
 
 
