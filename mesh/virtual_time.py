@@ -12,34 +12,12 @@ from typing import Final, TypeVar
 import trio
 from trio._core import _run as trio_run
 
-IDLE_S: Final = 0.05
-"""How long to look for the outside where no task has a deadline: Ctrl-C, or a run that hangs."""
+from mesh.alarm import JumpClock
 
 SELDOM: Final = 100_000
 """Allocations between two looks for cycles: at 700, Python's own, that is a tenth of the time."""
 
 Result = TypeVar("Result")
-
-
-class JumpClock(trio.abc.Clock):
-    """A clock that jumps. trio's MockClock does the same with an extra turn of the loop for each jump
-    and a look at the real clock for each question: half of a simulation's time."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def start_clock(self) -> None:
-        pass
-
-    def current_time(self) -> float:
-        return self._now
-
-    def deadline_to_sleep_time(self, deadline: float) -> float:
-        """trio asks this when no task can run."""
-        if deadline > 1e15:
-            return IDLE_S
-        self._now = max(self._now, deadline)
-        return 0.0
 
 
 def run_seeded(main: Callable[..., Awaitable[Result]], seed: int, *args: object) -> Result:

@@ -125,7 +125,7 @@ class Contacts:
         """Somebody may listen there: dial at once unless connected or being dialled."""
         if not addresses or node == self._own:
             return
-        self._deadline = None
+        limited = self.limited
         key = (node or hint)[:HINT_LENGTH] or str(addresses[0])
         contact = self._contacts.get(key)
         if contact is None:
@@ -147,6 +147,10 @@ class Contacts:
             contact.attempts = 0
             crossing = source in ("mdns", "member") and not wanted and self._own > (node or hint)
             contact.dial_at = now + (CROSSING_S if crossing else 0.0)
+        if limited is not self.limited:
+            self._deadline = None
+        elif self._deadline is not None and contact.dial_at < self._deadline and self._may(contact):
+            self._deadline = contact.dial_at  # all others are due as before: mDNS says a lot
 
     def due(self, now: float) -> list[Contact]:
         """Contacts to dial now; each stays `dialling` until connected() or failed()."""
@@ -281,6 +285,10 @@ class Contacts:
             self._deadline = min(may, default=math.inf)
         return self._deadline
 
+    def _may(self, contact: Contact) -> bool:
+        """Whether its time is all that it waits for."""
+        return self._wants_dial(contact) and (self._must(contact) or self._room() > 0)
+
     def _remove(self, key: str) -> None:
         self._announced -= self._contacts.pop(key).source == "mdns"
 
@@ -301,8 +309,10 @@ class Contacts:
         """How many more may be dialled now."""
         if not self.limited:
             return CONTACTS_LIMIT
-        dialling = sum(contact.dialling for contact in self._contacts.values())
-        return DIAL_BELOW - len(self.connections) - dialling
+        room = DIAL_BELOW - len(self.connections)
+        if room <= 0:  # as nearly always
+            return room
+        return room - sum(contact.dialling for contact in self._contacts.values())
 
     def _replaces(self, new: Connection, old: Connection) -> bool:
         return (

@@ -32,10 +32,10 @@ SYN_PAUSES_S: Final = (1.0, 2.0, CONNECT_S - 3.0)
 ANNOUNCE_S: Final = 10.0
 """How often a node asks again who is there; zeroconf's browser asks after 1, 2, 4, 8.. seconds."""
 
-HEARD: Final = 64
+HEARD: Final = 40
 HEARD_AGAIN: Final = 4
-"""How many candidates a newcomer swaps itself with, and how many whoever asks again, where there are
-more: at 1000 nodes multicast queries and answers crowd each other out, and a browser hears a part."""
+"""How many candidates a newcomer swaps itself with (enough to know that the mesh is large), and how
+many whoever asks again, where there are more: at 1000 nodes multicast queries and answers crowd each other out, and a browser hears a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

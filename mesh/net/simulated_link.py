@@ -6,8 +6,8 @@ receive_into, once its time has come. Rules: 1. Bytes of one direction arrive in
 2. A lost connection ends between any two bytes: what had arrived may be read, the rest is gone. 3. An
 end that sent what is not acknowledged for USER_TIMEOUT_S is lost, and no other end; one that sends
 nothing notices nothing. 4. Whoever sends to an end that is no more is reset. 5. No task and no timer
-of its own: the reader and the writer of a stream each wait under a deadline, and what happens to the
-connection moves that deadline. 6. As over a socket, a call that need not wait lets no other task run.
+of its own: the reader and the writer of a stream each wait for an alarm, and what happens to the
+connection hastens it. 6. As over a socket, a call that need not wait lets no other task run.
 7. It knows no protocol.
 """
 
@@ -17,6 +17,7 @@ from typing import Final
 
 import trio
 
+from mesh.alarm import Alarm
 from mesh.core.messages import NodeId
 from mesh.errors import PeerTimeout, StreamLost
 from mesh.net.simulated_medium import Medium, Process
@@ -62,8 +63,7 @@ class SimulatedStream:
         self._closed = False
         self._lost_at = inf
         self._gives_up_at = inf
-        self._reader: trio.CancelScope | None = None
-        self._writer: trio.CancelScope | None = None
+        self._reader, self._writer = Alarm(), Alarm()
         process.streams[number] = self
 
     def join(self, other: "SimulatedStream") -> None:
@@ -95,9 +95,7 @@ class SimulatedStream:
         while len(view):
             if self._held >= BUFFER_BYTES:
                 write_by = trio.current_time() + timeout_s
-                with trio.CancelScope(deadline=min(self._over_at, write_by)) as self._writer:
-                    await trio.sleep_forever()
-                self._writer = None
+                await self._writer.wait(min(self._over_at, write_by))
                 await self._process.awake()
                 if self._held >= BUFFER_BYTES and trio.current_time() >= write_by:
                     raise PeerTimeout(f"nothing was taken for {timeout_s:g} s")
@@ -122,9 +120,7 @@ class SimulatedStream:
                 raise StreamLost("connection lost")
             if read_by <= now:
                 raise PeerTimeout(f"nothing came for {timeout_s:g} s")
-            with trio.CancelScope(deadline=min(next_at, over_at, read_by)) as self._reader:
-                await trio.sleep_forever()
-            self._reader = None
+            await self._reader.wait(min(next_at, over_at, read_by))
 
     async def aclose(self) -> None:
         process = self._process
@@ -208,9 +204,7 @@ class SimulatedStream:
             self._held += len(piece)
         self._last_at = at
         self._sent.append((at, piece))
-        reader = self._other._reader
-        if reader is not None and at < reader.deadline:
-            reader.deadline = at
+        self._other._reader.hasten(at)
 
     def _retransmissions_s(self, loss: float) -> float:
         """How much later a piece arrives for having been lost; beyond USER_TIMEOUT_S it never does."""
@@ -232,9 +226,8 @@ class SimulatedStream:
         self._hasten()
 
     def _hasten(self) -> None:
-        for scope in (self._reader, self._writer):
-            if scope is not None and self._over_at < scope.deadline:
-                scope.deadline = self._over_at
+        for alarm in (self._reader, self._writer):
+            alarm.hasten(self._over_at)
 
     def _take(self, view: memoryview) -> int:
         """Moves what has arrived into `view`, as far as one piece and the room there go."""
@@ -249,8 +242,8 @@ class SimulatedStream:
         else:
             other._sent[0] = (at, piece[count:])
         other._held -= count
-        if other._writer is not None and other._held < BUFFER_BYTES:
-            other._writer.deadline = trio.current_time()
+        if other._held < BUFFER_BYTES:
+            other._writer.hasten(trio.current_time())
         return count
 
     # --------------------------------------------------------------------------- what happens to it
@@ -288,9 +281,8 @@ class SimulatedStream:
         other = self._other
         self._clear = other._clear = False
         now = trio.current_time()
-        for scope in (self._reader, self._writer):
-            if scope is not None:
-                scope.deadline = now
+        for alarm in (self._reader, self._writer):
+            alarm.hasten(now)
         self._process.streams.pop(self._number, None)
         if other._closed or other._process.gone:
             for end in self.ends:
