@@ -869,11 +869,9 @@ def test_a_bad_answer_ends_the_exchange_and_changes_nothing(
     assert unchanged(bad, port, training)
 
 
-def test_a_peer_whose_address_leads_back_to_the_node_is_survived(
-    bad, accomplices, port, target, training
-):
+def test_a_peer_whose_address_leads_back_to_the_node_is_survived(bad, host, port, target, training):
     """Two machines with docker have the same 172.17.0.1: it is tried, and found to be oneself."""
-    member = next(accomplices)  # one that is not left alone for what it did before
+    member = BadMember(host.state("docker"))  # one that is not left alone for what it did before
     (run,) = target.status()["runs"]
     failed = run["exchanges"]["failed"]
     info = RunInfo(run=training.run, schema=training.schema, started=True, exchanged=True)
