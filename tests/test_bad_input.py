@@ -61,7 +61,7 @@ GROWTH_BYTES = 8 * 1024 * 1024
 def host():
     host = Host()
     token = host.member("target")
-    for name in ("bad", "worse", "worst", "victim", "good"):
+    for name in ("bad", "worse", "worst", "docker", "victim", "good"):
         host.member(name, token)
     host.member("stranger")
     yield host
