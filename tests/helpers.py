@@ -388,7 +388,9 @@ class Records:
             head = self._exactly(4)
             if not head:
                 return b""
-            body = self._exactly(int.from_bytes(head, "big"))
+            body = self._exactly(length := int.from_bytes(head, "big"))
+            if len(body) < length:
+                raise ConnectionResetError("closed by the node in the middle of a record")
             nonce = self._received.to_bytes(12, "big")
             self._received += 1
             self._opened = self._in.decrypt(nonce, body, head)
