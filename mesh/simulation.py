@@ -61,7 +61,7 @@ def simulate(
     seed: int,
     *,
     nodes: int = 8,
-    seconds: float = 5.0,
+    seconds: float = 4.0,
     faults: bool = True,
     trace: bool = True,
     trace_to: Callable[[str], None] | None = None,

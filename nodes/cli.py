@@ -141,7 +141,7 @@ def _sim_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", type=int, default=8, help="how many (default 8)")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of virtual time under faults (default 5)"
+        "--seconds", type=float, default=4.0, help="of virtual time under faults (default 4)"
     )
     parser.add_argument("--no-faults", action="store_true", help="nothing goes wrong")
     parser.add_argument("--trace", action="store_true", help="print every event and effect")
