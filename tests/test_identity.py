@@ -615,8 +615,9 @@ def test_a_member_of_a_mesh_cannot_sign_for_it(host):
     assert openssl("verify", *chain).returncode != 0
 
 
-def served(arguments, wanted):
-    """The first bytes of application data that the node sends, at most `wanted`; then it ends."""
+def served(arguments, wanted, more=lambda data: 0):
+    """The first bytes of application data that the node sends, at most `wanted`, and then as many as
+    `more` says of them; then it ends."""
     with subprocess.Popen(
         ["openssl", *map(str, arguments), "-quiet"],
         stdin=subprocess.PIPE,
@@ -624,14 +625,14 @@ def served(arguments, wanted):
         stderr=subprocess.PIPE,
     ) as process:
         data = process.stdout.read(wanted)
+        data += process.stdout.read(more(data))
         process.kill()
         return data, process.stderr.read()
 
 
 def test_a_member_is_greeted(host, node):
-    data, _ = served(client(node, host, who="client"), wire.PREFIX_BYTES)
-    header_bytes, _ = wire.parse_prefix(data)
-    data, _ = served(client(node, host, who="client"), wire.PREFIX_BYTES + header_bytes)
+    member = client(node, host, who="client")
+    data, _ = served(member, wire.PREFIX_BYTES, lambda prefix: wire.parse_prefix(prefix)[0])
     hello = wire.decode(data[wire.PREFIX_BYTES :])
     assert isinstance(hello, Hello)
     assert hello.member.node == node.id
