@@ -8,6 +8,7 @@ line of JSON for each "go". Rules: 1. Every part moves the same bytes: one model
 import contextlib
 import json
 import os
+import select
 import socket
 import sys
 import threading
@@ -15,8 +16,6 @@ import time
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as every node process (mesh/process.py)
 
 import numpy as np
 import trio
@@ -199,8 +198,7 @@ def busy() -> None:
     """A training that holds the GIL: a core's worth of Python."""
     say(ready=True)
     rng = Random(1)
-    parent = os.getppid()
-    while os.getppid() == parent:
+    while not select.select([sys.stdin], [], [], 0)[0]:  # until its input ends
         for _ in range(100_000):
             rng.random()
 

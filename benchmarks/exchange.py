@@ -11,18 +11,12 @@ rounds of (contender / raw of the same round), because the machine's speed chang
 """
 
 import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from benchmarks.figures import Figure, median, parser, present, run
-from mesh.identity import create_mesh, join_mesh
+from benchmarks.machine import Machine, Process, cpu_s, machine
 
 ENTRIES = 25_000_000
 ENTRIES_QUICK = 300_000
@@ -36,49 +30,15 @@ OVER_GLOO = {"plain": 1.0, "f32": 1.4}
 WIRE = {"f32": 1.001, "bf16": 0.501, "int8": 0.26}
 
 
-class Part:
+def part(own: Machine, *arguments: object) -> Process:
     """One process of a contender."""
-
-    def __init__(self, *arguments: object) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.contenders", *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def tell(self, **what: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a part ended early: {self._process.args}")
-        heard: dict[str, Any] = json.loads(line)
-        return heard
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    @property
-    def cpu_s(self) -> float:
-        """Processor time so far, of user and kernel; 0 where there is no /proc."""
-        try:
-            after_name = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2]
-        except OSError:
-            return 0.0
-        user, kernel = after_name.split()[11:13]
-        return (int(user) + int(kernel)) / os.sysconf("SC_CLK_TCK")
+    return own.spawn("-m", "benchmarks.contenders", *map(str, arguments))
 
 
 class Contender:
     """Parts that do one thing together when told to go."""
 
-    def __init__(self, parts: list[Part], starters: list[Part]) -> None:
+    def __init__(self, parts: list[Process], starters: list[Process]) -> None:
         self._parts = parts
         self._starters = starters
         self.seconds: list[float] = []
@@ -86,57 +46,50 @@ class Contender:
         self.bytes_sent: list[int] = []
 
     def go(self) -> None:
-        before = sum(part.cpu_s for part in self._parts)
+        before = sum(cpu_s(part.pid) for part in self._parts)
         for part in self._starters:
             part.tell(go=True)
         heard = [part.hear() for part in self._starters]
         self.seconds.append(max(each["seconds"] for each in heard))
-        self.cpu_s.append(sum(part.cpu_s for part in self._parts) - before)
+        self.cpu_s.append(sum(cpu_s(part.pid) for part in self._parts) - before)
         self.bytes_sent.append(heard[0].get("bytes", 0))
 
-    def end(self) -> None:
-        for part in self._parts:
-            part.end()
 
-
-def raw(entries: int, nodes: int) -> Contender:
-    parts = [Part("raw", entries) for _ in range(nodes)]
-    ports = [part.hear()["ready"] for part in parts]
+def raw(own: Machine, entries: int, nodes: int) -> Contender:
+    parts = [part(own, "raw", entries) for _ in range(nodes)]
+    ports = [each.hear()["ready"] for each in parts]
     pairs = 1 if nodes == 2 else nodes  # two nodes are one connection, more are a ring
-    for rank, part in enumerate(parts):
+    for rank, each in enumerate(parts):
         following = ports[(rank + 1) % nodes] if rank < pairs else None
-        part.tell(next=following, accept=int(rank > 0 or pairs > 1))
-    for part in parts:
-        part.hear()
+        each.tell(next=following, accept=int(rank > 0 or pairs > 1))
+    for each in parts:
+        each.hear()
     return Contender(parts, parts)
 
 
-def gloo(entries: int, nodes: int, directory: Path) -> Contender:
-    file = directory / "gloo"
-    parts = [Part("gloo", entries, rank, nodes, file) for rank in range(nodes)]
-    for part in parts:
-        part.hear()
-        part.tell(go=True)
-    for part in parts:
-        part.hear()
+def gloo(own: Machine, entries: int, nodes: int) -> Contender:
+    file = own.root / "gloo"
+    parts = [part(own, "gloo", entries, rank, nodes, file) for rank in range(nodes)]
+    for each in parts:
+        each.hear()
+        each.tell(go=True)
+    for each in parts:
+        each.hear()
     return Contender(parts, parts)
 
 
-def gossip(entries: int, nodes: int, directory: Path, kind: str, codec: str) -> Contender:
+def gossip(own: Machine, entries: int, nodes: int, kind: str, codec: str) -> Contender:
     """A mesh of its own. Two nodes: the first begins. More: each begins with the next, at once."""
-    states = [directory / f"{kind}-{codec}-{rank}" for rank in range(nodes)]
-    token = create_mesh(states[0], f"{kind}0")
-    for rank, state in enumerate(states[1:]):
-        join_mesh(state, token, f"{kind}{rank + 1}")
-    parts = [Part("node", entries, state, kind, codec) for state in states]
-    ports = [part.hear()["ready"] for part in parts]
-    for part in parts:
-        part.tell(peers=ports, others=nodes - 1)
-    ids = [part.hear()["ready"] for part in parts]
-    for rank, part in enumerate(parts):
-        part.tell(partner=ids[(rank + 1) % nodes])
-    for part in parts:
-        part.hear()
+    states = [own.member(f"{kind}{rank}") for rank in range(nodes)]
+    parts = [part(own, "node", entries, state, kind, codec) for state in states]
+    ports = [each.hear()["ready"] for each in parts]
+    for each in parts:
+        each.tell(peers=ports, others=nodes - 1)
+    ids = [each.hear()["ready"] for each in parts]
+    for rank, each in enumerate(parts):
+        each.tell(partner=ids[(rank + 1) % nodes])
+    for each in parts:
+        each.hear()
     return Contender(parts, parts[:1] if nodes == 2 else parts)
 
 
@@ -145,28 +98,21 @@ def contenders(
     names: list[str], entries: int, nodes: int, load: int
 ) -> Iterator[dict[str, Contender]]:
     made: dict[str, Contender] = {}
-    busy: list[Part] = []
-    with tempfile.TemporaryDirectory(prefix="mesh-bench-") as name:
-        directory = Path(name)
-        try:
-            for each in names:
-                if each == "raw":
-                    made[each] = raw(entries, nodes)
-                elif each == "gloo":
-                    made[each] = gloo(entries, nodes, directory)
-                elif each == "plain":
-                    made[each] = gossip(entries, nodes, directory, "plain", "f32")
-                else:
-                    made[each] = gossip(entries, nodes, directory, "sealed", each)
-            busy += [Part("busy") for _ in range(load)]
-            for part in busy:
-                part.hear()
-            yield made
-        finally:
-            for contender in made.values():
-                contender.end()
-            for part in busy:
-                part.end()
+    with contextlib.ExitStack() as machines:
+        for each in names:
+            own = machines.enter_context(machine())
+            if each == "raw":
+                made[each] = raw(own, entries, nodes)
+            elif each == "gloo":
+                made[each] = gloo(own, entries, nodes)
+            elif each == "plain":
+                made[each] = gossip(own, entries, nodes, "plain", "f32")
+            else:
+                made[each] = gossip(own, entries, nodes, "sealed", each)
+        own = machines.enter_context(machine())
+        for _ in range(load):
+            part(own, "busy").hear()
+        yield made
 
 
 def measure(names: list[str], *, entries: int, rounds: int, nodes: int, load: int) -> list[Figure]:

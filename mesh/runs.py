@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import trio
 
+from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
 from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
@@ -84,7 +85,7 @@ class Run:
     tell: Tell
     responses: Responses[KeptReply]
     attached_at: float
-    buffers: "BufferPool"
+    buffers: BufferPool
     partners: Callable[[], int]
     """how many peers this run can be averaged with now"""
     current: Initiation | None = None
@@ -190,20 +191,6 @@ class Run:
             return None
         mean = sum(self.distances) / len(self.distances)
         return float(((replicas - 1) / (2 * replicas) * mean) ** 0.5)
-
-
-class BufferPool:
-    """Buffers of one fragment each, reused: a fresh allocation costs three copies."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        self._free: list[memoryview] = []
-
-    def take(self) -> memoryview:
-        return self._free.pop() if self._free else memoryview(bytearray(self._length))
-
-    def give(self, buffer: memoryview) -> None:
-        self._free.append(buffer)
 
 
 def make_run(

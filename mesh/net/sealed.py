@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from mesh.buffers import BufferPool
 from mesh.errors import RemoteProtocolError, StreamLost
 from mesh.net.sockets import SocketStream
 
@@ -138,21 +139,8 @@ class _Direction:
         return self._aead, nonce
 
 
-class _Buffers:
-    """Large buffers that all connections of a process take and give back: an idle one holds none."""
-
-    def __init__(self) -> None:
-        self._free: list[memoryview] = []
-
-    def take(self) -> memoryview:
-        return self._free.pop() if self._free else memoryview(bytearray(BUFFER_BYTES))
-
-    def give(self, buffer: memoryview) -> None:
-        if len(self._free) < BUFFERS_KEPT:
-            self._free.append(buffer)
-
-
-_BUFFERS: Final = _Buffers()
+_BUFFERS: Final = BufferPool(BUFFER_BYTES, BUFFERS_KEPT)
+"""Of all connections of this process: an idle one holds none."""
 
 
 class SealedStream:
@@ -188,9 +176,8 @@ class SealedStream:
         out = _BUFFERS.take()
         try:
             end = 0
-            if (
-                0 < len(head) <= HEAD_BYTES
-            ):  # a record of its own: `data` stays where readers want it
+            # A head is a record of its own: `data` stays where readers want it.
+            if 0 < len(head) <= HEAD_BYTES:
                 end = self._seal(memoryview(head), out, 0)
             elif head:
                 await self.send_all(head, timeout_s)
