@@ -321,6 +321,23 @@ def transport_of(identity):
     )
 
 
+@contextlib.asynccontextmanager
+async def connected(members, answer):
+    """A stream from the second member to the first, over loopback, which runs `answer` with its end."""
+    listening, where = trio.Event(), []
+
+    def listens(addresses):
+        where[:] = addresses
+        listening.set()
+
+    server, client = map(transport_of, members)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve, answer, listens)
+        await listening.wait()
+        yield await client.connect(where[0])
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("first", ["both at once", "the listener", "the dialler"])
 def test_no_byte_is_lost_when_a_connection_leaves_tls(members, first):
     """Whoever is done first sends records while the other still reads its last TLS record."""
@@ -339,28 +356,16 @@ def test_no_byte_is_lost_when_a_connection_leaves_tls(members, first):
         return heard
 
     async def main():
-        heard = {}
-        listening = trio.Event()
-        done = trio.Event()
-        where = []
+        heard, done = {}, trio.Event()
 
         async def answer(stream):
             heard["dialler"] = await talk(stream, speaks_at_once=first != "the dialler", own=b"l")
             done.set()
 
-        def listens(addresses):
-            where[:] = addresses
-            listening.set()
-
-        server, client = map(transport_of, members)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.serve, answer, listens)
-            await listening.wait()
-            stream = await client.connect(where[0])
+        async with connected(members, answer) as stream:
             heard["listener"] = await talk(stream, speaks_at_once=first != "the listener", own=b"d")
             await done.wait()
             await stream.aclose()
-            nursery.cancel_scope.cancel()
         assert heard == {"dialler": b"d" + text, "listener": b"l" + text}
 
     trio_run(main)
@@ -368,27 +373,18 @@ def test_no_byte_is_lost_when_a_connection_leaves_tls(members, first):
 
 def test_closing_either_closes_both(members):
     async def main():
-        listening, where, ended = trio.Event(), [], trio.Event()
+        ended = trio.Event()
 
         async def answer(stream):
             other = stream.seal(str(Offer.fresh()))
             assert await other.receive_into(memoryview(bytearray(1))) == 0
             ended.set()
 
-        def listens(addresses):
-            where[:] = addresses
-            listening.set()
-
-        server, client = map(transport_of, members)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.serve, answer, listens)
-            await listening.wait()
-            stream = await client.connect(where[0])
+        async with connected(members, answer) as stream:
             inner = stream.seal(str(Offer.fresh()))
             await stream.aclose()
             with pytest.raises(StreamLost):
                 await inner.send_all(b"x")
             await ended.wait()
-            nursery.cancel_scope.cancel()
 
     trio_run(main)
