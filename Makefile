@@ -43,7 +43,7 @@ format: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[examples,dev]'
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[examples,plots,metrics,dev]'
 	touch $@
 
 clean:

@@ -14,7 +14,7 @@ from mesh.core.address import Address
 NodeId = NewType("NodeId", str)
 """base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
 
 FRAGMENT_ENTRIES = 262_144
