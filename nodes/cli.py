@@ -29,9 +29,8 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    act: Callable[[argparse.Namespace], int] = arguments.act
     try:
-        code = act(arguments)
+        code = _act(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
         return code
@@ -50,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail(error, EXIT_ERROR)
+
+
+def _act(arguments: argparse.Namespace) -> int:
+    act: Callable[[argparse.Namespace], int] = arguments.act
+    every_s = getattr(arguments, "watch", None)
+    if every_s is None:
+        return act(arguments)
+    from nodes import watch
+
+    return watch.repeat(lambda: act(arguments), every_s, as_json=arguments.json)
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -125,7 +134,32 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 def _question_flags(parser: argparse.ArgumentParser) -> None:
     _state_flag(parser)
     parser.add_argument("-N", "--node", metavar="NAME", help="which node, where several run here")
+    _json_flag(parser)
+    _watch_flag(parser)
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _watch_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-w",
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        type=float,
+        const=2.0,
+        help="ask again and again (default: every 2); with --json one object a line",
+    )
+
+
+def _completion_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shell",
+        choices=("bash", "zsh", "fish", "names"),
+        help="whose script to print; names: of the nodes that -N may name, one a line",
+    )
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +272,24 @@ def _question(
     return act
 
 
+def _version(arguments: argparse.Namespace) -> int:
+    from nodes import version
+
+    told = version.answer()
+    print(json.dumps(told) if arguments.json else version.draw(told))
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from nodes import completion, grammar
+
+    if arguments.shell == "names":
+        print("".join(f"{name}\n" for name in grammar.names()), end="")
+    else:
+        print(completion.script(arguments.shell, grammar.read(_parser())), end="")
+    return 0
+
+
 COMMANDS = {
     "init": Command("make a new mesh with this machine in it", _identity_flags, _init),
     "token": Command("print the token that lets a machine join", _state_flag, _token),
@@ -254,6 +306,10 @@ COMMANDS = {
         _question("peers", text.peers),
     ),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
+    "completion": Command(
+        "print a script that completes commands for your shell", _completion_flags, _completion
+    ),
+    "version": Command("which version this is, and which one the node runs", _json_flag, _version),
     "sim": Command("simulated meshes live under faults, each from one seed", _sim_flags, _sim),
 }
 
