@@ -28,6 +28,19 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    try:
+        return execute(argv)
+    except BrokenPipeError:
+        # Somebody closed the pipe we print into (`mesh peers | head`): nothing more to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(error, EXIT_ERROR)
+
+
+def execute(argv: Sequence[str] | None) -> int:
+    """The same for `mesh shell`, which goes on: OSError is left to the caller."""
     arguments = _parser().parse_args(argv)
     try:
         code = _act(arguments)
@@ -42,13 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_ERROR)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Somebody closed the pipe we print into (`mesh peers | head`): nothing more to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail(error, EXIT_ERROR)
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -151,6 +157,16 @@ def _watch_flag(parser: argparse.ArgumentParser) -> None:
         type=float,
         const=2.0,
         help="ask again and again (default: every 2); with --json one object a line",
+    )
+
+
+def _shell_flags(parser: argparse.ArgumentParser) -> None:
+    _state_flag(parser)
+    parser.add_argument("-N", "--node", metavar="NAME", help="which node, where several run here")
+    parser.add_argument(
+        "--python",
+        action="store_true",
+        help="Python with `mesh` and status(), peers(), ... at hand",
     )
 
 
@@ -290,6 +306,18 @@ def _completion(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _shell(arguments: argparse.Namespace) -> int:
+    from nodes import grammar, repl
+
+    if arguments.node is not None:
+        arguments.state = str(mesh.find_node(arguments.state, arguments.node).state)
+    if arguments.python:
+        return repl.python(arguments.state)
+    if arguments.state is not None:
+        os.environ["MESH_STATE"] = arguments.state  # what each line means unless it says otherwise
+    return repl.run(execute, grammar.read(_parser()), mesh.state_directory(arguments.state))
+
+
 COMMANDS = {
     "init": Command("make a new mesh with this machine in it", _identity_flags, _init),
     "token": Command("print the token that lets a machine join", _state_flag, _token),
@@ -306,6 +334,7 @@ COMMANDS = {
         _question("peers", text.peers),
     ),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
+    "shell": Command("type commands without `mesh`, or Python", _shell_flags, _shell),
     "completion": Command(
         "print a script that completes commands for your shell", _completion_flags, _completion
     ),
