@@ -137,32 +137,42 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="for the script")
 
 
-def _question_flags(parser: argparse.ArgumentParser) -> None:
+def _node_flag(parser: argparse.ArgumentParser) -> None:
     _state_flag(parser)
     parser.add_argument("-N", "--node", metavar="NAME", help="which node, where several run here")
+
+
+def _question_flags(parser: argparse.ArgumentParser) -> None:
+    _node_flag(parser)
     _json_flag(parser)
-    _watch_flag(parser)
+    _watch_flag(
+        parser,
+        "watch",
+        "ask again and again (default: every 2); with --json one object a line",
+    )
 
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _watch_flag(parser: argparse.ArgumentParser) -> None:
+def _watch_flag(parser: argparse.ArgumentParser, into: str, told: str) -> None:
     parser.add_argument(
-        "-w",
-        "--watch",
-        metavar="SECONDS",
-        nargs="?",
-        type=float,
-        const=2.0,
-        help="ask again and again (default: every 2); with --json one object a line",
+        "-w", "--watch", metavar="SECONDS", dest=into, nargs="?", type=float, const=2.0, help=told
     )
 
 
+def _top_flags(parser: argparse.ArgumentParser) -> None:
+    _node_flag(parser)
+    _json_flag(parser)
+    _watch_flag(parser, "every", "look so often (default: every 1; without a terminal once)")
+    sorts = ("name", "state", "step", "loss", "drift", "rate", "in", "out", "cpu")
+    parser.add_argument("--sort", choices=sorts, default="name", help="by which column at first")
+    parser.add_argument("--svg", metavar="FILE", help="draw one look into this picture instead")
+
+
 def _shell_flags(parser: argparse.ArgumentParser) -> None:
-    _state_flag(parser)
-    parser.add_argument("-N", "--node", metavar="NAME", help="which node, where several run here")
+    _node_flag(parser)
     parser.add_argument(
         "--python",
         action="store_true",
@@ -306,6 +316,21 @@ def _completion(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    from nodes import top
+
+    return top.run(
+        top.Order(
+            state=arguments.state,
+            node=arguments.node,
+            sort=arguments.sort,
+            every_s=arguments.every,
+            as_json=arguments.json,
+            svg=arguments.svg,
+        )
+    )
+
+
 def _shell(arguments: argparse.Namespace) -> int:
     from nodes import grammar, repl
 
@@ -334,6 +359,7 @@ COMMANDS = {
         _question("peers", text.peers),
     ),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
+    "top": Command("the whole mesh on one screen, as it changes", _top_flags, _top),
     "shell": Command("type commands without `mesh`, or Python", _shell_flags, _shell),
     "completion": Command(
         "print a script that completes commands for your shell", _completion_flags, _completion
