@@ -217,7 +217,7 @@ def cells(row: Row, trails: Trails, layout: Layout, *, ascii: bool = False) -> l
     drawn.append(row.state[:5].ljust(WIDTHS["STATE"]))
     if row.state != "alive" and row.reason:
         return [*drawn, row.reason]
-    percent = None if row.load is None else 100 * row.load
+    percent = None if row.load is None else min(100 * row.load, 999)
     sparks = [
         chart.sparkline(values, layout.spark, ascii=ascii) if layout.spark else ""
         for values in (trails.losses(row), trails.drifts(row))
@@ -225,15 +225,22 @@ def cells(row: Row, trails: Trails, layout: Layout, *, ascii: bool = False) -> l
     return [
         *drawn,
         _step(row.step).rjust(WIDTHS["STEP"]),
-        text.figure(row.loss, ".3g").rjust(WIDTHS["LOSS"]),
+        _figure(row.loss).rjust(WIDTHS["LOSS"]),
         sparks[0],
-        text.figure(row.drift, ".3g").rjust(WIDTHS["DRIFT"]),
+        _figure(row.drift).rjust(WIDTHS["DRIFT"]),
         sparks[1],
         short(row.samples_s).rjust(WIDTHS["SMP/S"]),
         short(row.in_bytes_s).rjust(WIDTHS["IN/S"]),
         short(row.out_bytes_s).rjust(WIDTHS["OUT/S"]),
         ("-" if percent is None else f"{percent:.0f}%").rjust(WIDTHS["CPU"]),
     ]
+
+
+def _figure(value: float | None) -> str:
+    """In at most six characters, with as many digits as they hold, three at most."""
+    if value is None or abs(value) >= 999.5:
+        return short(value)
+    return next((t for d in (3, 2) if len(t := f"{value:.{d}g}") <= 6), f"{value:.0e}")
 
 
 def _step(value: int | None) -> str:
@@ -246,7 +253,8 @@ def short(value: float | None) -> str:
         return "-"
     for unit in ("", "k", "M", "G"):
         if abs(value) < 999.5:
-            return f"{value:.0f}" if not unit or abs(value) >= 99.5 else f"{value:.1f}{unit}"
+            digits = 0 if not unit or abs(value) >= 99.5 else 1
+            return f"{value:.{digits}f}{unit}"
         value /= 1000
     return f"{value:.1f}T"
 
