@@ -156,7 +156,7 @@ class _Frame(NamedTuple):
         return labels
 
     def x_labels(self, columns: int, name: str) -> str:
-        left, right = f"{self.left:,.6g}", f"{self.right:,.6g}"
+        left, right = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in self[:2])
         room = columns - len(left) - len(right)
         return left + (name if len(name) + 2 <= room else "").center(max(room, 1)) + right
 
