@@ -21,6 +21,7 @@ from mesh.core.exchange import Initiation, Responses
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
 from mesh.errors import LocalProtocolError
+from mesh.history import Rates
 from mesh.replica import HandOver, Replica
 
 DISTANCES_KEPT: Final = 8
@@ -103,7 +104,12 @@ class Run:
     turn: trio.Lock = field(default_factory=trio.Lock)
     """held by whoever goes through all fragments"""
     meets: int = 0
+    every: int | None = None
+    """steps between hand-overs, where `mesh set every=` changed it"""
+    paused: bool = False
+    """`mesh pause`: nothing is begun and nothing answered"""
     exchanged_at: float | None = None
+    last_duration_s: float | None = None
     last_peer: NodeId | None = None
 
     @property
@@ -162,7 +168,9 @@ class Run:
             await self._each_fragment(self.hand_over.offer)
             if meets == self.meets:
                 self.ours = False
-                self.tell({**event, "meets": meets, "peers": self.partners()})
+                peers = self.partners()
+                every = {} if self.every is None else {"every": self.every}
+                self.tell({**event, "meets": meets, "peers": peers, **every})
 
     async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
         """Does `step` to one fragment after the other; False if any step said so.
@@ -231,11 +239,15 @@ class RunStatistics:
     drift: float | None
     norm: float
     last_exchange_s: float | None
+    last_duration_s: float | None
     last_peer: NodeId | None
     counters: Counters
+    every: int
+    paused: bool
+    rates: Rates
 
 
-def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
+def run_statistics(run: Run, partners: int, now: float, rates: Rates) -> RunStatistics:
     """A frozen view of a run."""
     return RunStatistics(
         spec=run.spec,
@@ -247,6 +259,10 @@ def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
         drift=run.drift(partners + 1),
         norm=run.replica.square_norm() ** 0.5,
         last_exchange_s=None if run.exchanged_at is None else now - run.exchanged_at,
+        last_duration_s=run.last_duration_s,
         last_peer=run.last_peer,
         counters=run.counters,
+        every=run.every or run.spec.every,
+        paused=run.paused,
+        rates=rates,
     )

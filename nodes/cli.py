@@ -1,8 +1,9 @@
-"""The `mesh` command. The only home of argparse.
+"""The `mesh` command. Its flags are in flags.py; argparse is at home in these two.
 
 Rules: 1. Asking a running node imports neither torch, trio, numpy nor rich. 2. Data goes to standard
 output, everything else to standard error. 3. A user's mistake is one line that says what to do.
-Exit codes: 0 ok, 1 error, 2 usage, 3 no node running, 130 Ctrl-C; `mesh run` exits with its script's.
+Exit codes: 0 ok, 1 error, 2 usage, 3 no node running, 4 unhealthy, 5 timeout, 6 refused, 130 Ctrl-C;
+`mesh run` exits with its script's.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mesh
-from nodes import text
+from nodes import flags, listing, questions
 
-EXIT_ERROR, EXIT_USAGE, EXIT_NO_NODE, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+EXITS = {"usage": 2, "no_node": 3, "unhealthy": 4, "timeout": 5, "refused": 6}
+"""by the code of a MeshError"""
 
 
 class Command(NamedTuple):
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail(error, EXIT_ERROR)
+        return _fail(error)
 
 
 def execute(argv: Sequence[str] | None) -> int:
@@ -47,12 +50,8 @@ def execute(argv: Sequence[str] | None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
         return code
-    except mesh.NodeNotRunning as error:
-        return _fail(error, EXIT_NO_NODE)
-    except mesh.UsageError as error:
-        return _fail(error, EXIT_USAGE)
     except mesh.MeshError as error:
-        return _fail(error, EXIT_ERROR)
+        return _fail(error, error.code, error.hint, as_json=getattr(arguments, "json", False))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -67,9 +66,15 @@ def _act(arguments: argparse.Namespace) -> int:
     return watch.repeat(lambda: act(arguments), every_s, as_json=arguments.json)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(
+    error: Exception, code: str = "error", hint: str | None = None, *, as_json: bool = False
+) -> int:
+    """One line for a person, and with --json an object for a program."""
+    if as_json:
+        about = {"schema": "mesh.error/1", "code": code, "message": str(error), "hint": hint}
+        print(json.dumps(about), flush=True)
     print(f"mesh: {error}", file=sys.stderr)
-    return code
+    return EXITS.get(code, EXIT_ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,137 +91,6 @@ def _parser() -> argparse.ArgumentParser:
         command.flags(sub)
         sub.set_defaults(act=command.act)
     return parser
-
-
-# ---------------------------------------------------------------------------------------- flags
-
-
-def _state_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--state",
-        metavar="DIR",
-        help="this node's state directory (default: $MESH_STATE, or yours)",
-    )
-
-
-def _identity_flags(parser: argparse.ArgumentParser) -> None:
-    _state_flag(parser)
-    parser.add_argument("--name", help="what this node is called (default: the host name)")
-
-
-def _join_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("token", metavar="TOKEN", help="the line that `mesh token` prints")
-    _identity_flags(parser)
-
-
-def _node_flags(parser: argparse.ArgumentParser) -> None:
-    _identity_flags(parser)
-    parser.add_argument("--port", type=int, help="listen on this port (default: 7710, or any)")
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="also dial this peer, for ever (repeatable)",
-    )
-    parser.add_argument(
-        "--interface",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="announce and listen on this network interface only (repeatable)",
-    )
-    parser.add_argument(
-        "--no-mdns", action="store_true", help="neither announce this node nor look for others"
-    )
-
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    _node_flags(parser)
-    parser.add_argument("script", metavar="SCRIPT", help="a Python script that calls mesh.join()")
-    parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="for the script")
-
-
-def _node_flag(parser: argparse.ArgumentParser) -> None:
-    _state_flag(parser)
-    parser.add_argument("-N", "--node", metavar="NAME", help="which node, where several run here")
-
-
-def _question_flags(parser: argparse.ArgumentParser) -> None:
-    _node_flag(parser)
-    _json_flag(parser)
-    _watch_flag(
-        parser,
-        "watch",
-        "ask again and again (default: every 2); with --json one object a line",
-    )
-
-
-def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _watch_flag(parser: argparse.ArgumentParser, into: str, told: str) -> None:
-    parser.add_argument(
-        "-w", "--watch", metavar="SECONDS", dest=into, nargs="?", type=float, const=2.0, help=told
-    )
-
-
-def _top_flags(parser: argparse.ArgumentParser) -> None:
-    _node_flag(parser)
-    _json_flag(parser)
-    _watch_flag(parser, "every", "look so often (default: every 1; without a terminal once)")
-    sorts = ("name", "state", "step", "loss", "drift", "rate", "in", "out", "cpu")
-    parser.add_argument("--sort", choices=sorts, default="name", help="by which column at first")
-    parser.add_argument("--svg", metavar="FILE", help="draw one look into this picture instead")
-
-
-def _shell_flags(parser: argparse.ArgumentParser) -> None:
-    _node_flag(parser)
-    parser.add_argument(
-        "--python",
-        action="store_true",
-        help="Python with `mesh` and status(), peers(), ... at hand",
-    )
-
-
-def _completion_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "shell",
-        choices=("bash", "zsh", "fish", "names"),
-        help="whose script to print; names: of the nodes that -N may name, one a line",
-    )
-
-
-def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long (default 30)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-
-
-def _sim_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="COUNT", help="how many (default 1)"
-    )
-    parser.add_argument("--nodes", type=int, default=8, help="how many (default 8)")
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of virtual time under faults (default 4)"
-    )
-    parser.add_argument("--no-faults", action="store_true", help="nothing goes wrong")
-    parser.add_argument("--trace", action="store_true", help="print every event and effect")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-
-
-def _settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":
-    return mesh.NodeSettings(
-        state=mesh.state_directory(arguments.state),
-        name=arguments.name,
-        port=arguments.port,
-        interfaces=tuple(arguments.interface),
-        mdns=not arguments.no_mdns,
-        peers=tuple(mesh.parse_address(peer) for peer in arguments.peer),
-    )
 
 
 # ------------------------------------------------------------------------------------- commands
@@ -244,6 +118,10 @@ def _join(arguments: argparse.Namespace) -> int:
 def _leave(arguments: argparse.Namespace) -> int:
     from nodes import runner
 
+    if arguments.node is not None:
+        answer = questions.leave(arguments)
+        print(json.dumps(answer) if arguments.json else listing.done(answer))
+        return 0
     token = runner.leave(mesh.state_directory(arguments.state))
     print("this machine is in no mesh any more")
     if token is not None:
@@ -254,13 +132,13 @@ def _leave(arguments: argparse.Namespace) -> int:
 def _up(arguments: argparse.Namespace) -> int:
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # as in mesh/__main__.py, before numpy is imported
-    return mesh.run_node(_settings(arguments))
+    return mesh.run_node(flags.settings(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from nodes import runner
 
-    return runner.run(_settings(arguments), arguments.script, arguments.args)
+    return runner.run(flags.settings(arguments), arguments.script, arguments.args)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -285,15 +163,11 @@ def _sim(arguments: argparse.Namespace) -> int:
     )
 
 
-def _question(
-    op: str, draw: Callable[[dict[str, Any]], str]
-) -> Callable[[argparse.Namespace], int]:
+def _question(name: str) -> Callable[[argparse.Namespace], int]:
     def act(arguments: argparse.Namespace) -> int:
-        node = mesh.find_node(arguments.state, arguments.node)
-        answer = mesh.ask(node, op)
-        del answer["ok"]
-        print(json.dumps(answer) if arguments.json else draw(answer))
-        return 0
+        if getattr(arguments, "follow", False):
+            return questions.follow(name, arguments)
+        return questions.act(questions.QUESTIONS[name], arguments)
 
     return act
 
@@ -331,41 +205,69 @@ def _top(arguments: argparse.Namespace) -> int:
     )
 
 
+def _plot(arguments: argparse.Namespace) -> int:
+    from nodes import plot
+
+    return plot.run(
+        plot.Order(
+            state=arguments.state,
+            node=arguments.node,
+            run=arguments.run,
+            output=arguments.output,
+            as_json=arguments.json,
+        )
+    )
+
+
 def _shell(arguments: argparse.Namespace) -> int:
     from nodes import grammar, repl
 
+    if arguments.python:
+        return repl.python(arguments.state, arguments.node)
     if arguments.node is not None:
         arguments.state = str(mesh.find_node(arguments.state, arguments.node).state)
-    if arguments.python:
-        return repl.python(arguments.state)
     if arguments.state is not None:
         os.environ["MESH_STATE"] = arguments.state  # what each line means unless it says otherwise
     return repl.run(execute, grammar.read(_parser()), mesh.state_directory(arguments.state))
 
 
 COMMANDS = {
-    "init": Command("make a new mesh with this machine in it", _identity_flags, _init),
-    "token": Command("print the token that lets a machine join", _state_flag, _token),
-    "join": Command("make this machine a member of a mesh", _join_flags, _join),
-    "up": Command("run this machine's node in the foreground", _node_flags, _up),
-    "run": Command("run a training script in the mesh", _run_flags, _run),
-    "leave": Command("stop this machine's node and forget its mesh", _state_flag, _leave),
-    "status": Command(
-        "how this machine's node is", _question_flags, _question("status", text.status)
+    "init": Command("make a new mesh with this machine in it", flags.identity, _init),
+    "token": Command("print the token that lets a machine join", flags.state, _token),
+    "join": Command("make this machine a member of a mesh", flags.join, _join),
+    "up": Command("run this machine's node in the foreground", flags.up, _up),
+    "run": Command("run a training script in the mesh", flags.run, _run),
+    "leave": Command(
+        "stop this machine's node and forget its mesh; with -N only stop that node",
+        flags.question,
+        _leave,
     ),
+    "status": Command("how a node is", flags.repeated, _question("status")),
     "peers": Command(
-        "the other nodes, and why some cannot be used",
-        _question_flags,
-        _question("peers", text.peers),
+        "the other nodes, and why some cannot be used", flags.peers, _question("peers")
     ),
-    "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
-    "top": Command("the whole mesh on one screen, as it changes", _top_flags, _top),
-    "shell": Command("type commands without `mesh`, or Python", _shell_flags, _shell),
+    "runs": Command("what is trained in the mesh, and where", flags.repeated, _question("runs")),
+    "events": Command("what happened to a node", flags.ring, _question("events")),
+    "logs": Command("what a node printed", flags.ring, _question("logs")),
+    "ping": Command("round trips to another node", flags.ping, _question("ping")),
+    "bench": Command(
+        "how fast weights can travel to another node", flags.bench, _question("bench")
+    ),
+    "pause": Command("train on without averaging", flags.change, _question("pause")),
+    "resume": Command("average again", flags.change, _question("resume")),
+    "set": Command("change a run: every=STEPS between hand-overs", flags.setting, _question("set")),
+    "ls": Command("the nodes that run on this machine", flags.ls, _question("ls")),
+    "demo": Command("three nodes on this machine learn one model", flags.demo, _demo),
+    "top": Command("the whole mesh on one screen, as it changes", flags.top, _top),
+    "plot": Command("loss and drift of every node over time", flags.plot, _plot),
+    "shell": Command("type commands without `mesh`, or Python", flags.shell, _shell),
     "completion": Command(
-        "print a script that completes commands for your shell", _completion_flags, _completion
+        "print a script that completes commands for your shell", flags.completion, _completion
     ),
-    "version": Command("which version this is, and which one the node runs", _json_flag, _version),
-    "sim": Command("simulated meshes live under faults, each from one seed", _sim_flags, _sim),
+    "version": Command(
+        "which version this is, and which one the node runs", flags.as_json, _version
+    ),
+    "sim": Command("simulated meshes live under faults, each from one seed", flags.sim, _sim),
 }
 
 

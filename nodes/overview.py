@@ -68,32 +68,28 @@ SORTS: Final = {
 
 def look(status: dict[str, Any], peers: dict[str, Any]) -> Look:
     """Reads the two answers."""
-    node = status["node"]
-    rows = _rows(
-        {"id": node["id"], "name": node["name"], "state": "alive", "reason": None},
-        status["runs"],
-        True,
-    )
+    own = {"state": "alive", "reason": None, **peers["node"]}
+    rows = _rows(own, own=True)
     for peer in peers["peers"]:
-        if peer["id"] != node["id"]:
-            rows += _rows(peer, peer["runs"], False)
-    return Look(node["name"], status["mesh"]["id"], node["uptime_s"], status["health"], rows)
+        rows += _rows(peer, own=False)
+    uptime_s = status["node"]["uptime_s"]
+    return Look(own["name"], status["mesh"]["id"], uptime_s, status["health"], rows)
 
 
-def _rows(node: dict[str, Any], runs: Sequence[dict[str, Any]], own: bool) -> list[Row]:
+def _rows(node: dict[str, Any], *, own: bool) -> list[Row]:
     about = Row(node["id"], node["name"], own, node["state"], node["reason"], None)
+    about = about._replace(load=node["load"])
     return [
         about._replace(
             run=run["run"],
-            step=run.get("step"),
-            loss=run.get("loss"),
-            drift=run.get("drift"),
-            samples_s=run.get("samples_s"),
-            in_bytes_s=run.get("in_bytes_s"),
-            out_bytes_s=run.get("out_bytes_s"),
-            load=run.get("load"),
+            step=run["step"],
+            loss=run["loss"],
+            drift=run["drift"],
+            samples_s=run["samples_s"],
+            in_bytes_s=run["in_bytes_s"],
+            out_bytes_s=run["out_bytes_s"],
         )
-        for run in runs
+        for run in node["runs"]
     ] or [about]
 
 
@@ -147,11 +143,20 @@ class Trails:
             if not trail or trail[-1][0] != row.step:
                 trail.append((row.step, row.loss, row.drift))
 
-    def seed(self, node: str, run: str, points: Sequence[dict[str, Any]]) -> None:
-        """What happened before: the points of `mesh.history/1`, if nothing is known yet."""
-        trail = self._values.setdefault((node, run), deque(maxlen=TRAIL_LIMIT))
-        if not trail:
-            trail.extend((point["step"], point["loss"], point["drift"]) for point in points)
+    def seed(self, histories: Sequence[dict[str, Any]]) -> None:
+        """Puts what nodes remember (`mesh.history/1`) before what was seen here."""
+        for history in histories:
+            step, loss, drift = map(history["columns"].index, ("step", "loss", "drift"))
+            for run in history["runs"]:
+                trail = self._values.setdefault(
+                    (history["node"]["id"], run["run"]), deque(maxlen=TRAIL_LIMIT)
+                )
+                seen = [*trail]
+                first = seen[0][0] if seen else None
+                for point in run["points"]:
+                    if first is None or point[step] < first:
+                        trail.append((point[step], point[loss], point[drift]))
+                trail.extend(seen)
 
     def losses(self, row: Row) -> list[float | None]:
         return [loss for _, loss, _ in self._values.get((row.id, row.run or ""), ())]

@@ -6,12 +6,14 @@ answer as that node says. 3. matplotlib is needed for a picture only, and loaded
 A point's way: a node's history -> _curves() -> Series in minutes -> chart.chart() or a figure's axes.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import mesh
@@ -52,11 +54,16 @@ class Picture(NamedTuple):
 
 def run(order: Order) -> int:
     """Draws; returns the exit code. Raises MeshError."""
-    histories = _histories(order)
+    found = histories(
+        order.state,
+        order.node,
+        run=order.run,
+        missed=lambda text: print(f"mesh: {text}", file=sys.stderr),
+    )
     if order.as_json:
-        print(json.dumps({"schema": "mesh.plot/1", "nodes": histories}))
+        print(json.dumps({"schema": "mesh.plot/1", "nodes": found}))
         return 0
-    picture = _curves(histories)
+    picture = _curves(found)
     if not picture.loss:
         wanted = "nothing" if order.run is None else f"no run {order.run!r}"
         raise mesh.MeshError(f"{wanted} was trained here yet: `mesh run SCRIPT` trains")
@@ -67,40 +74,70 @@ def run(order: Order) -> int:
     return 0
 
 
-def _histories(order: Order) -> list[dict[str, Any]]:
-    """`mesh.history/1` of the node that is meant and of all that it knows alive."""
-    fields: dict[str, Any] = {"points": POINTS}
-    if order.run is not None:
-        fields["run"] = order.run
-    own = mesh.question("history", state=order.state, name=order.node, **fields)
-    peers = mesh.question("peers", state=order.state, name=order.node)["peers"]
+def histories(
+    state: str | None,
+    node: str | None,
+    *,
+    run: str | None = None,
+    points: int = POINTS,
+    most: int | None = None,
+    missed: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """`mesh.history/1` of the node that is meant and of those that it knows alive, `most` at most;
+    `missed` hears who did not answer. Raises MeshError."""
+    fields: dict[str, Any] = {"points": points, **({} if run is None else {"run": run})}
+    own = mesh.question("history", state=state, name=node, **fields)
+    peers = mesh.question("peers", state=state, name=node)["peers"]
     others = [
         peer
         for peer in peers
-        if peer["state"] == "alive" and any(order.run in (None, run["run"]) for run in peer["runs"])
+        if peer["state"] == "alive" and any(run in (None, info["run"]) for info in peer["runs"])
     ]
 
     def ask(peer: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            return mesh.question("history", state=order.state, name=peer["id"], **fields)
+            return mesh.question("history", state=state, name=peer["id"], **fields)
         except mesh.MeshError as error:
-            said = str(error).partition("\n")[0]
-            print(f"mesh: {peer['name']} is left out: {said}", file=sys.stderr)
+            missed(f"{peer['name']} is left out: " + str(error).partition("\n")[0])
             return None
 
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        answers = [own, *(answer for answer in pool.map(ask, others) if answer is not None)]
+    found = _at_once(ask, others[:most])
+    answers = [own, *(answer for answer in found if answer is not None)]
     for answer in answers:
         answer.pop("ok", None)
     return answers
 
 
-def _curves(histories: Sequence[dict[str, Any]]) -> Picture:
+def _at_once(
+    ask: Callable[[dict[str, Any]], dict[str, Any] | None], peers: Sequence[dict[str, Any]]
+) -> list[dict[str, Any] | None]:
+    """Asks several at a time. Not an executor: Python waits for its threads when it ends, and one of
+    these may wait for a node that hangs."""
+    found: list[dict[str, Any] | None] = [None] * len(peers)
+    left = deque(enumerate(peers))
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                number, peer = left.popleft()
+                found[number] = ask(peer)
+
+    threads = [
+        threading.Thread(target=work, daemon=True) for _ in range(min(ASKED_AT_ONCE, len(peers)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def _curves(found: Sequence[dict[str, Any]]) -> Picture:
     """Lines over the time since the first point, named by node, and by run where there are several."""
-    runs = {run["run"] for history in histories for run in history["runs"]}
+    runs = {run["run"] for history in found for run in history["runs"]}
     loss: list[Series] = []
     drift: list[Series] = []
-    for history in histories:
+    for history in found:
         at, step_loss, step_drift = map(history["columns"].index, ("uptime_s", "loss", "drift"))
         for run in history["runs"]:
             if not run["points"]:

@@ -15,6 +15,7 @@ import rlcompleter
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ SECRET: Final = "mesh1-"
 """How a token begins: whoever joined with one does not keep it, so neither does the history."""
 
 HISTORY_LINES: Final = 1000
+AT_HAND: Final = ("status", "peers", "runs", "events", "logs", "history")
 LEAVING: Final = ("exit", "quit", "EOF")
 USAGE: Final = 2
 
@@ -106,9 +108,9 @@ class Lines(cmd.Cmd):
         return [f"{word} " for word in grammar.candidates(self._known, words, text)]
 
 
-def python(state: str | None) -> int:
+def python(state: str | None, node: str | None) -> int:
     """An interactive Python that can ask this machine's node."""
-    at_hand = Questions(state).names()
+    at_hand = Questions(state, node).names()
     readline.set_completer(rlcompleter.Completer(at_hand).complete)
     readline.parse_and_bind("tab: complete")
     listed = ", ".join(f"{name}()" for name in sorted(at_hand) if name != "mesh")
@@ -116,7 +118,7 @@ def python(state: str | None) -> int:
     with _history(path, sys.stdin.isatty()):
         code.interact(
             banner=f"gossipmesh {mesh.__version__}, Python {sys.version.split()[0]}: mesh, {listed}\n"
-            "Each answers what `mesh NAME --json` prints, as a dict.",
+            "Each answers what `mesh NAME --json` prints, as a dict; node='pi4' asks another.",
             local=at_hand,
             exitmsg="",
         )
@@ -124,29 +126,21 @@ def python(state: str | None) -> int:
 
 
 class Questions:
-    """Functions that ask the node; each looks it up anew, so a restart of it disturbs nobody."""
+    """Functions that ask a node; each looks it up anew, so a restart of it disturbs nobody."""
 
-    def __init__(self, state: str | None) -> None:
+    def __init__(self, state: str | None, node: str | None) -> None:
         self._state = state
+        self._node = node
 
-    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Any question that the node's local socket knows."""
-        answer = mesh.ask(mesh.find_node(self._state), op, **fields)
-        del answer["ok"]
+    def ask(self, op: str, *, node: str | None = None, **fields: Any) -> dict[str, Any]:
+        """Any question that a node knows; `node` names another of the mesh."""
+        answer = mesh.question(op, state=self._state, name=node or self._node, **fields)
+        answer.pop("ok", None)
         return answer
 
     def names(self) -> dict[str, Any]:
         """What Python finds at hand."""
-
-        def status() -> dict[str, Any]:
-            """How this machine's node is."""
-            return self.ask("status")
-
-        def peers() -> dict[str, Any]:
-            """The other nodes."""
-            return self.ask("peers")
-
-        return {"mesh": mesh, "ask": self.ask, "status": status, "peers": peers}
+        return {"mesh": mesh, "ask": self.ask} | {op: partial(self.ask, op) for op in AT_HAND}
 
 
 @contextlib.contextmanager

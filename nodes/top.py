@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Final, NamedTuple
 
 import mesh
-from nodes import keyboard, overview, text, watch
+from nodes import keyboard, overview, plot, text, watch
 from nodes.overview import SORTS, Layout, Look, Row, Trails
 
 REFRESH_S: Final = 1.0
@@ -27,6 +27,9 @@ TICK_S: Final = 0.1
 """How soon a new size of the terminal, or an answer, is seen."""
 
 PLAIN_WIDTH: Final = 100
+HISTORIES: Final = 32
+"""Of so many nodes the past is asked for; in a larger mesh trails of the others begin now."""
+
 STYLES: Final = {"suspect": "yellow", "dead": "red", "incompatible": "magenta"}
 INTERRUPTED: Final = 130
 HEAD_LINES, FOOT_LINES = 3, 1
@@ -52,7 +55,7 @@ def run(order: Order) -> int:
     source = Source(order)
     first = source.look()
     if order.svg is not None:
-        return _picture(order, first)
+        return _picture(order, source, first)
     if order.as_json or not (watch.on_terminal() and sys.stdin.isatty()):
         return _plain(order, source)
     return _full_screen(order, source, first)
@@ -66,8 +69,22 @@ class Source:
 
     def look(self) -> Look:
         """One moment. Raises MeshError."""
-        node = mesh.find_node(self._order.state, self._order.node)
-        return overview.look(mesh.ask(node, "status"), mesh.ask(node, "peers"))
+        return overview.look(self._ask("status"), self._ask("peers"))
+
+    def remembered(self) -> list[dict[str, Any]]:
+        """What the nodes themselves kept, so that no trail begins empty."""
+        with contextlib.suppress(mesh.MeshError):
+            return plot.histories(
+                self._order.state,
+                self._order.node,
+                points=overview.TRAIL_LIMIT,
+                most=HISTORIES,
+                missed=lambda text: None,
+            )
+        return []
+
+    def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        return mesh.question(op, state=self._order.state, name=self._order.node, **fields)
 
 
 # ------------------------------------------------------------------------------- without a terminal
@@ -95,10 +112,11 @@ def _plain(order: Order, source: Source) -> int:
     return watch.repeat(show, order.every_s, as_json=order.as_json)
 
 
-def _picture(order: Order, seen: Look) -> int:
+def _picture(order: Order, source: Source, seen: Look) -> int:
     from nodes import render
 
     view, trails = View(sort=order.sort), Trails()
+    trails.seed(source.remembered())
     trails.follow(seen.rows)
     lines = frame(seen, trails, view, PLAIN_WIDTH, len(seen.rows) + HEAD_LINES + FOOT_LINES)
     drawn = render.svg(lines, PLAIN_WIDTH, "mesh top")
@@ -189,7 +207,7 @@ def _foot(view: View, rows: int, room: int) -> Line:
 
 
 class Watcher(threading.Thread):
-    """Asks again and again; `latest` and `silence` are read by the loop."""
+    """Asks again and again; what it found is read by the loop."""
 
     def __init__(self, source: Source, first: Look, every_s: float) -> None:
         super().__init__(daemon=True)  # one that waits for a stopped node must not keep us
@@ -198,9 +216,11 @@ class Watcher(threading.Thread):
         self._ended = threading.Event()
         self.latest = first
         self.silence = ""
+        self.remembered: list[dict[str, Any]] = []
 
     def run(self) -> None:
         heard = time.monotonic()
+        threading.Thread(target=self._remember, daemon=True).start()
         while not self._ended.wait(self._every_s):
             try:
                 self.latest = self._source.look()
@@ -208,6 +228,9 @@ class Watcher(threading.Thread):
             except mesh.MeshError as error:
                 said = str(error).partition("\n")[0]
                 self.silence = f"figures are {text.duration(time.monotonic() - heard)} old: {said}"
+
+    def _remember(self) -> None:
+        self.remembered = self._source.remembered()
 
     def end(self) -> None:
         self._ended.set()
@@ -244,6 +267,9 @@ def _until_key(watcher: Watcher, trails: Trails, view: View) -> str:
                 columns,
                 lines,
             )
+            if watcher.remembered:
+                trails.seed(watcher.remembered)
+                watcher.remembered = []
             if now != shown:
                 trails.follow(seen.rows)
                 draw(frame(seen, trails, view, columns, lines, watcher.silence))

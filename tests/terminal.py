@@ -180,7 +180,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                 "samples_s": 600.0 + rank,
                 "in_bytes_s": 1.2e6,
                 "out_bytes_s": 1.1e6,
-                "load": 0.4,
+                "age_s": 0.0,
             }
         ]
 
@@ -199,14 +199,19 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
             },
             "mesh": {"id": "lab42xyz"},
             "health": [],
-            "runs": runs(0, next(looks)),
         }
 
     def peers(request):
         at = next(looks)
         return {
             "schema": "mesh.peers/1",
-            "node": {"id": "k7f3q2mzk7f3q2mz", "name": "studio"},
+            "node": {
+                "id": "k7f3q2mzk7f3q2mz",
+                "name": "studio",
+                "addresses": ["192.168.1.0:7710"],
+                "load": 0.4,
+                "runs": runs(0, at),
+            },
             "peers": [
                 {
                     "id": f"id{rank:014}",
@@ -218,6 +223,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                     "rtt_s": 0.0008,
                     "seen_s": 0.4,
                     "incarnation": "1",
+                    "load": 0.4,
                     "runs": [] if rank in dead or rank in idle else runs(rank, at),
                 }
                 for rank in range(1, nodes)
@@ -225,4 +231,20 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
             "unreached": [],
         }
 
-    return {"status": status, "peers": peers}
+    def history(request):
+        return {
+            "schema": "mesh.history/1",
+            "node": {"id": "k7f3q2mzk7f3q2mz", "name": "studio"},
+            "time": 1e9,
+            "uptime_s": 8040.0,
+            "columns": ["uptime_s", "step", "loss", "drift"],
+            "runs": [
+                {
+                    "run": "digits",
+                    "interval_s": 1.0,
+                    "points": [[8000.0 + k, k - 40, 1 / (1 + k), 0.01 * k] for k in range(40)],
+                }
+            ],
+        }
+
+    return {"status": status, "peers": peers, "history": history}

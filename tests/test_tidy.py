@@ -23,6 +23,7 @@ FLOORS = {
     "mesh/errors.py": 0,
     "mesh/core": 0,
     "mesh/wire.py": 1,
+    "mesh/fields.py": 1,
     "mesh/buffers.py": 1,
     "mesh/codec.py": 1,
     "mesh/replica.py": 1,
@@ -47,6 +48,13 @@ FLOORS = {
     "mesh/initiator.py": 3,
     "mesh/responder.py": 3,
     "mesh/runs.py": 3,
+    "mesh/doors.py": 3,
+    "mesh/desk.py": 3,
+    "mesh/bench.py": 3,
+    "mesh/records.py": 3,
+    "mesh/answers.py": 3,
+    "mesh/history.py": 1,
+    "mesh/journal.py": 3,
     "mesh/node.py": 3,
     "mesh/report.py": 3,
     "mesh/control.py": 3,
@@ -75,7 +83,7 @@ HOMES = {
     # The demo's training is a script such as users write; the programs around it load no torch.
     "torch": ["mesh/training.py", "mesh/tensors.py", "nodes/demo_training.py"],
     "platformdirs": ["mesh/places.py"],
-    "argparse": ["nodes/cli.py"],
+    "argparse": ["nodes/cli.py", "nodes/flags.py"],
     "rich": ["nodes"],
 }
 """One home each: nothing else imports it."""
@@ -88,6 +96,7 @@ PURE = {
     "enum",
     "functools",
     "hashlib",
+    "heapq",
     "itertools",
     "math",
     "random",
