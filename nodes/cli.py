@@ -224,11 +224,10 @@ def _shell(arguments: argparse.Namespace) -> int:
 
     if arguments.python:
         return repl.python(arguments.state, arguments.node)
-    if arguments.node is not None:
-        arguments.state = str(mesh.find_node(arguments.state, arguments.node).state)
-    if arguments.state is not None:
-        os.environ["MESH_STATE"] = arguments.state  # what each line means unless it says otherwise
-    return repl.run(execute, grammar.read(_parser()), mesh.state_directory(arguments.state))
+    given = {"--state": arguments.state, "--node": arguments.node}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    state = mesh.state_directory(arguments.state)
+    return repl.run(execute, grammar.read(_parser()), state, given)
 
 
 COMMANDS = {

@@ -14,7 +14,7 @@ import readline
 import rlcompleter
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +32,15 @@ LEAVING: Final = ("exit", "quit", "EOF")
 USAGE: Final = 2
 
 
-def run(main: Callable[[Sequence[str]], int], known: grammar.Grammar, state: Path) -> int:
-    """Reads lines until the end of input; returns the exit code of the last command."""
-    lines = Lines(main, known)
+def run(
+    main: Callable[[Sequence[str]], int],
+    known: grammar.Grammar,
+    state: Path,
+    given: Mapping[str, str],
+) -> int:
+    """Reads lines until the end of input; returns the exit code of the last command. `given`: flags,
+    with their values, that every line has which knows them and does not say otherwise."""
+    lines = Lines(main, known, given)
     with _history(state / HISTORY_FILE, lines.typed):
         if lines.typed:
             readline.set_completer_delims(" \t\n")
@@ -50,10 +56,16 @@ def run(main: Callable[[Sequence[str]], int], known: grammar.Grammar, state: Pat
 class Lines(cmd.Cmd):
     """The prompt."""
 
-    def __init__(self, main: Callable[[Sequence[str]], int], known: grammar.Grammar) -> None:
+    def __init__(
+        self,
+        main: Callable[[Sequence[str]], int],
+        known: grammar.Grammar,
+        given: Mapping[str, str],
+    ) -> None:
         super().__init__()
         self._main = main
         self._known = known
+        self._given = given
         self.code = 0
         self.typed = sys.stdin.isatty()
         self.prompt = "mesh> " if self.typed else ""
@@ -88,12 +100,22 @@ class Lines(cmd.Cmd):
             print("mesh: this is the shell already", file=sys.stderr)
             return USAGE
         try:
-            return self._main(words)
+            return self._main([words[0], *self._added(words), *words[1:]])
         except SystemExit as ended:  # argparse has printed its usage, or the help
             return ended.code if isinstance(ended.code, int) else 0
         except OSError as error:
             print(f"mesh: {error}", file=sys.stderr)
             return 1
+
+    def _added(self, words: list[str]) -> list[str]:
+        command = self._known.commands.get(words[0])
+        added: list[str] = []
+        for flag in command.flags if command is not None else ():
+            value = next((v for f, v in self._given.items() if f in flag.spellings), None)
+            said = any(word.partition("=")[0] in flag.spellings for word in words[1:])
+            if value is not None and not said:
+                added += [flag.spellings[0], value]
+        return added
 
     def completenames(self, text: str, *ignored: Any) -> list[str]:
         """For the first word."""

@@ -103,7 +103,7 @@ def test_a_command_that_fails_is_said_and_the_shell_stays(capsys):
     def main(words):
         raise OSError("disk full") if words == ["version"] else KeyError(words)
 
-    lines = repl.Lines(main, grammar.read(_parser()))
+    lines = repl.Lines(main, grammar.read(_parser()), {})
     assert lines.onecmd("version") is False
     assert capsys.readouterr().err == "mesh: disk full\n"
     with pytest.raises(KeyError):
@@ -114,7 +114,22 @@ def test_a_command_that_fails_is_said_and_the_shell_stays(capsys):
 
 
 def test_words_are_completed_from_the_same_grammar(capsys):
-    lines = repl.Lines(execute, grammar.read(_parser()))
+    lines = repl.Lines(execute, grammar.read(_parser()), {})
     assert lines.completenames("vers") == ["version "]
     assert lines.completedefault("--j", "status --j", 7, 10) == ["--json "]
     assert lines.completedefault("z", "completion z", 11, 12) == ["zsh "]
+
+
+def test_the_node_that_the_shell_was_started_for_is_meant_by_every_line():
+    heard = []
+    given = {"--state": "/s", "--node": "pi4"}
+    lines = repl.Lines(lambda words: heard.append(words) or 0, grammar.read(_parser()), given)
+    for line in ("peers -w", "status -N pi5", "run --state=/t x.py -N y", "version", "token"):
+        lines.onecmd(line)
+    assert heard == [
+        ["peers", "--state", "/s", "-N", "pi4", "-w"],
+        ["status", "--state", "/s", "-N", "pi5"],
+        ["run", "--state=/t", "x.py", "-N", "y"],
+        ["version"],
+        ["token", "--state", "/s"],
+    ]
