@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group
@@ -64,7 +65,9 @@ def svg(lines: list[Line], width: int, title: str) -> str:
             record=True, width=width, file=nowhere, force_terminal=True, color_system="truecolor"
         )
         console.print(_drawn(lines))
-        return console.export_svg(title=title, unique_id="mesh")
+        drawn = console.export_svg(title=title, unique_id="mesh")
+    # The fonts that rich names are fetched from elsewhere; whoever looks at this need not be known.
+    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
 
 
 def _drawn(lines: list[Line]) -> Group:

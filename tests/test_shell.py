@@ -278,8 +278,10 @@ def started(trainings, *arguments):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_watched_command_prints_one_object_a_line_until_ctrl_c(trainings):

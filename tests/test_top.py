@@ -135,6 +135,10 @@ def test_a_picture_shows_what_the_screen_would(hundred, tmp_path, capsys):
     assert main(["top", "--state", str(hundred.state), "--svg", str(path)]) == 0
     words = "".join(ElementTree.parse(path).getroot().itertext()).replace("\xa0", " ")
     assert all(name in words for name in ("mesh top", "studio", "node-099", "connection refused"))
+    links = set(re.findall(r"https?://[^\"' ]*", path.read_text()))
+    assert links <= {"http://www.w3.org/2000/svg", "https://www.textualize.io"}, (
+        "nothing is fetched"
+    )
     assert main(["top", "--state", str(hundred.state), "--svg", str(tmp_path)]) == 2
     assert "--svg" in capsys.readouterr().err
     assert main(["top", "--state", str(hundred.state), "-w", "0"]) == 2
