@@ -19,7 +19,7 @@ ANSWER_S = 5.0
 FOLLOW_S = 10.0
 """A follower's question waits so long for news, then asks again."""
 
-BENCH_SLACK_S = 15.0
+BENCH_SLACK_S = 6.0
 """Beyond a bench's own seconds, in which the node gives up by itself."""
 
 PING_S = 2.2

@@ -316,6 +316,10 @@ def test_an_answer_is_performed_once_and_kept_for_its_pages():
     [third] = questions.question(neighbour, question(1, node_id(0), page=2, attempt=3), 0.3)
     assert (third.connection, third.message.page) == (1, 2)
     assert questions.question(neighbour, question(1, node_id(0), page=3, attempt=4), 0.3) == []
+    for number in range(100, 100 + 3 * ANSWERING_EACH):
+        [perform] = questions.question(neighbour, question(number, node_id(0)), 0.4)
+        assert isinstance(perform, ev.Perform), "answers that went out whole make room"
+        questions.performed(ev.Performed(asker=node_id(50), number=number, text="{}"), 0.4)
     questions.on_deadline(0.4 + KEPT_S)
     late = question(1, node_id(0), page=1, attempt=5)
     assert questions.question(neighbour, late, 9.0) == []
@@ -363,8 +367,8 @@ def crowd(count):
     return [replace(row, runs=(info,)) for row in rows]
 
 
-def test_figures_cross_a_mesh_of_a_hundred_in_seconds_at_a_flat_cost():
-    rng, rows, seconds = Random(3), crowd(100), 25
+def test_figures_cross_a_large_mesh_in_seconds_at_a_flat_cost():
+    rng, rows, seconds = Random(3), crowd(64), 15
     tables = []
     for row in rows:
         membership = Membership(row)
@@ -386,7 +390,7 @@ def test_figures_cross_a_mesh_of_a_hundred_in_seconds_at_a_flat_cost():
     assert most == REPORTS_LIMIT
     ages = [t.of(r.node, "toy", float(seconds)) for t in tables for r in rows]
     assert None not in ages, "everybody knows of everybody"
-    assert sorted(age for _, age in ages)[len(ages) // 2] < 15, "half are younger than that"
+    assert sorted(age for _, age in ages)[len(ages) // 2] < 10, "half are younger than that"
 
 
 def test_a_hundred_nodes_are_listed_at_once_and_stay_readable():
@@ -557,8 +561,8 @@ def test_a_bench_is_bounded_in_bytes_on_both_ends_and_one_at_a_time():
             assert found["sent_bytes"] == found["received_bytes"] == 3 * BLOCK_BYTES
             assert found["round_trips"] == 50
             began = trio.current_time()
-            long = await shell.ask("bench", target="n2", bytes=2**30, seconds=1.0)
-            assert trio.current_time() - began < 2.0
+            long = await shell.ask("bench", target="n2", bytes=2**30, seconds=0.2)
+            assert trio.current_time() - began < 1.0
             assert 0 < long["sent_bytes"] < 2**30
             with pytest.raises(UsageError, match="bytes"):
                 await shell.ask("bench", target="n2", bytes=2**31)
