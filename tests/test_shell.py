@@ -1,328 +1,311 @@
-"""Every command against two real nodes that train: its JSON against its schema, its text against a
-snapshot, what it imports, and how it repeats.
+"""The shell asks real nodes: JSON by its schema, text, through the mesh, codes of what goes wrong."""
 
-GOSSIPMESH_SNAPSHOTS=write writes tests/shell_snapshots.txt anew.
-"""
-
-import contextlib
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import jsonschema
 import pytest
-from jsonschema import Draft202012Validator
-from referencing import Registry, Resource
 
 import mesh
-from nodes.cli import COMMANDS, main
-from tests.helpers import DEADLINE_S, REPOSITORY, Host, NumpyTraining, until
-from tests.terminal import Terminal
-from tests.test_tidy import HEAVY, SLOW_TO_ASK
+from nodes import questions
+from nodes.cli import main
+from tests.helpers import DEADLINE_S, Host, NumpyTraining, free_port, until
 
-SCHEMAS = {
-    path.name: json.loads(path.read_text()) for path in (REPOSITORY / "docs/schemas").glob("*.json")
-}
-REGISTRY = Registry().with_resources(
-    (schema["$id"], Resource.from_contents(schema)) for schema in SCHEMAS.values()
-)
-SNAPSHOTS = Path(__file__).parent / "shell_snapshots.txt"
+SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
+ASKED = [
+    ("status",),
+    ("peers",),
+    ("peers", "-o", "wide"),
+    ("runs",),
+    ("events",),
+    ("logs",),
+    ("ping", "OTHER", "-c", "2"),
+    ("bench", "OTHER", "--mb", "2", "--seconds", "1"),
+    ("pause",),
+    ("resume", "--run", "digits"),
+    ("set", "every=5"),
+]
+"""Every question command; OTHER is the other node's name."""
+
+CPU_S = 0.12
 
 
-class Trainings:
-    """Two nodes that train one run, `studio` and `pi4`."""
+class Lan:
+    """Two machines, as far as gossipmesh can tell; `b` lets others control it. Both train."""
 
-    def __init__(self, host):
-        self.host = host
-        self.nodes = host.up_together("studio", "pi4")
-        self.trainings = [NumpyTraining(node, np.full(64, rank)) for rank, node in enumerate(self.nodes)]  # fmt: skip
-        for step in (8, 16):
-            for training in self.trainings:
-                training.link.send(op="post", step=step, samples=8 * step, loss=2 / step, waits=False, want=True)  # fmt: skip
-                until(lambda: (training.link.receive() or {}).get("event") == "offered", "an offer")  # noqa: B023
-        studio, pi4 = self.nodes
-        until(lambda: self.known(studio) and self.known(pi4), "each knows how the other does")
+    def __init__(self):
+        self.hosts = first, second = Host(), Host()
+        second.member("b", first.member("a"))
+        port = free_port()
+        self.a = first.up("a", "--port", port)
+        self.b = second.up("b", "--peer", f"127.0.0.1:{port}", "--allow-control")
+        until(lambda: self.a.status()["peers"]["alive"] == 1, "they know each other")
+        self.trainings = [NumpyTraining(node, [1.0] * 64) for node in (self.a, self.b)]
 
-    @staticmethod
-    def known(node):
-        return [run["step"] for peer in node.peers() for run in peer["runs"]] not in ([], [None])
+    def post(self, training, **figures):
+        """One hand-over, by a training that holds an offer; returns the event of the next."""
+        training.memory.posted[:] = training.memory.offered
+        training.link.send(op="post", want=True, **figures)
+        while (event := training.link.receive())["event"] != "offered":
+            pass
+        return event
 
     def close(self):
         for training in self.trainings:
             training.close()
-        self.host.close()
+        for host in self.hosts:
+            host.close()
 
 
 @pytest.fixture(scope="module")
-def trainings():
-    with contextlib.closing(Trainings(Host())) as running:
-        yield running
+def lan():
+    lan = Lan()
+    yield lan
+    lan.close()
+
+
+class Shell:
+    """Runs `mesh` in this process, as on one of the two machines."""
+
+    def __init__(self, lan, monkeypatch, capsys):
+        self.lan, self._monkeypatch, self._capsys = lan, monkeypatch, capsys
+        monkeypatch.delenv("MESH_STATE", raising=False)
+
+    def run(self, machine, *arguments):
+        """(exit code, standard output, standard error)"""
+        for key in ("HOME", "XDG_RUNTIME_DIR"):
+            self._monkeypatch.setenv(key, self.lan.hosts[machine].environment[key])
+        code = main([str(a) for a in arguments])
+        return (code, *self._capsys.readouterr())
+
+    def json(self, machine, *arguments):
+        """The object that a command prints, which is what its schema file says."""
+        code, out, err = self.run(machine, *arguments, "--json")
+        assert (code, err) == (0, "")
+        return fits(json.loads(out))
 
 
 @pytest.fixture
-def shell(trainings, monkeypatch, capsys):
-    """Runs one command in this process; returns (exit code, standard output, standard error)."""
-    for key in ("HOME", "XDG_RUNTIME_DIR"):
-        monkeypatch.setenv(key, trainings.host.environment[key])
-    monkeypatch.setenv("MESH_STATE", str(trainings.nodes[0].state))
-    monkeypatch.chdir(trainings.host.root)
-
-    def run(*arguments):
-        code = main([*map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+def shell(lan, monkeypatch, capsys):
+    return Shell(lan, monkeypatch, capsys)
 
 
-def validated(text, name):
-    """The JSON object of one line, which fits its schema."""
-    answer = json.loads(text)
-    schema = SCHEMAS[f"{name}.1.json"]
-    Draft202012Validator(schema, registry=REGISTRY).validate(answer)
-    assert answer["schema"] == f"{name}/1"
+def fits(answer):
+    name = answer["schema"].replace("/", ".")
+    jsonschema.validate(answer, json.loads((SCHEMAS / f"{name}.json").read_text()))
     return answer
 
 
-# -------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_every_schema_is_one_and_says_whose_it_is(name):
-    schema = SCHEMAS[name]
-    Draft202012Validator.check_schema(schema)
-    assert f"{schema['title'].replace('/', '.')}.json" == name
-    assert schema["properties"]["schema"] == {"const": schema["title"]}
-    assert "schema" in schema["required"]
-
-
-ANSWERS = {
-    "mesh.status": ("status",),
-    "mesh.peers": ("peers",),
-    "mesh.runs": ("runs",),
-    "mesh.events": ("events", "--limit", 20),
-    "mesh.logs": ("logs",),
-    "mesh.ping": ("ping", "pi4", "-c", 2),
-    "mesh.bench": ("bench", "pi4", "--mb", 0.1, "--seconds", 1),
-    "mesh.ls": ("ls",),
-    "mesh.top": ("top",),
-    "mesh.plot": ("plot",),
-    "mesh.version": ("version",),
-}
-
-
-@pytest.mark.parametrize(("name", "arguments"), ANSWERS.items(), ids=lambda value: str(value[0]))
-def test_an_answer_fits_its_schema(shell, name, arguments):
-    code, out, err = shell(*arguments, "--json")
+@pytest.mark.parametrize("machine", [0, 1], ids=["its own node", "through the mesh"])
+@pytest.mark.parametrize("command", ASKED, ids=" ".join)
+def test_a_question_is_answered_as_json_by_its_schema_and_as_text(shell, command, machine):
+    """`b` is asked on its own machine, or from the other one."""
+    through = ("-N", "b") if machine == 0 else ()
+    command = [word.replace("OTHER", "a") for word in command]
+    answer = shell.json(machine, *command, *through)
+    assert answer.get("node", {"name": "b"})["name"] == "b"
+    code, out, err = shell.run(machine, *command, *through)
     assert (code, err) == (0, "")
-    assert out.count("\n") == 1, "one object a line"
-    answer = validated(out, name)
-    match answer:
-        case {"rows": rows}:
-            assert [row["name"] for row in rows] == ["pi4", "studio"]
-            assert all(row["step"] for row in rows)
-        case {"schema": "mesh.plot/1", "nodes": nodes}:
-            assert sorted(node["node"]["name"] for node in nodes) == ["pi4", "studio"]
-            assert all(run["points"] for node in nodes for run in node["runs"])
-        case {"schema": "mesh.version/1", "nodes": nodes}:
-            assert {node["version"] for node in nodes} == {mesh.__version__}
+    assert out.strip()
 
 
-def test_what_changes_a_node_says_what_it_did(shell):
-    for arguments in (("pause",), ("resume", "--run", "digits"), ("set", "every=4")):
-        code, out, _ = shell(*arguments, "--json")
-        assert code == 0
-        assert validated(out, "mesh.done")["did"] == arguments[0]
-    code, out, _ = shell("events")
-    done = [line.split(maxsplit=2)[2] for line in out.splitlines() if " control " in line]
-    assert done[-3:] == ["digits is paused", "digits is resumed", "digits: every=4"]
+def test_the_figures_of_the_other_node_come_with_the_probes(lan, shell):
+    for step in range(3):
+        lan.post(lan.trainings[1], step=700 + step, loss=0.125, samples=64 * step)
+
+    def told():
+        [peer] = shell.json(0, "peers")["peers"]
+        return [(run["step"], run["loss"]) for run in peer["runs"]] == [(702, 0.125)]
+
+    until(told, "a knows how far b is")
+    _, out, _ = shell.run(0, "peers")
+    assert out.splitlines()[2].split()[:2] == ["b", "alive"]
+    assert out.splitlines()[2].split()[6:8] == ["702", "0.125"]
+    _, out, _ = shell.run(0, "runs")
+    assert [line.split()[-7] for line in out.splitlines()[1:]] == ["a", "b"]
 
 
-def test_a_mistake_is_an_object_too(shell):
-    code, out, err = shell("status", "-N", "nobody", "--json")
-    assert code == 2
-    error = validated(out, "mesh.error")
-    assert error["code"] == "usage"
-    assert err == f"mesh: {error['message']}\n"
+def test_what_is_set_reaches_the_training_with_its_next_offer(lan, shell):
+    code, out, _ = shell.run(0, "set", "every=7", "-N", "b")
+    assert (code, out) == (0, "b: digits every=7 from its next hand-over on\n")
+    assert lan.post(lan.trainings[1], step=1, loss=None, samples=0)["every"] == 7
+    assert shell.json(1, "status")["runs"][0]["every"] == 7
+    assert shell.run(0, "set", "every=0", "-N", "b")[0] == 2
+    assert shell.run(0, "set", "speed=9")[0] == 2
 
 
-# ------------------------------------------------------------------------------------------ text
-
-TEXTS = [
-    "status",
-    "peers -o wide",
-    "runs",
-    "logs --limit 2",
-    "ping pi4 -c 2",
-    "bench pi4 --mb 0.1 --seconds 1",
-    "pause",
-    "resume",
-    "set every=8",
-    "ls",
-    "top",
-    "version",
-    "status -N nobody",
-]
+def test_history_is_kept_and_asked_for(lan, monkeypatch):
+    monkeypatch.setenv("MESH_STATE", str(lan.a.state))
+    lan.post(lan.trainings[0], step=9, loss=0.5, samples=10)
+    answer = mesh.question("history", points=100)
+    del answer["ok"]
+    fits(answer)
+    assert answer["runs"][0]["points"][-1][1] in (0, 9)
 
 
-def normalised(text, trainings):
-    """Without what differs from run to run: numbers, sizes and times are N, and so is what is not
-    known yet."""
-    studio = trainings.nodes[0].status()
-    for name in ("studio", "pi4"):
-        text = text.replace(str(trainings.host.state(name)), f"/{name}")
-    for node in trainings.nodes:
-        text = text.replace(node.id[:8], "NODEID")
-    text = text.replace(studio["mesh"]["id"], "MESHID").replace(mesh.__version__, "VERSION")
-    text = text.replace(", ".join(studio["node"]["addresses"]), "ADDRESSES")
-    for pattern, instead in (
-        (r"\d\d:\d\d:\d\d", "TIME"),
-        (r"127\.0\.0\.1:\d+", "HOST:PORT"),
-        (r"Python .*", "SYSTEM"),
-        (r"[▁▂▃▄▅▆▇█]", ""),
-        (r"(?<=average) .*?;", " LAST;"),
-        (r"\b\d[\d,.]*(e[-+]\d+)?", "N"),
-        (r"N ?([kMG]?B|[kMG]|ms|s|%)(?![a-z])", "N"),
-        (r"(?<= )-(?= |$)", "N"),
-        (r"N \(N of the weights' norm\)", "N"),
-        (r" +", " "),
-        (r" +$", ""),
-    ):
-        text = re.sub(pattern, instead, text, flags=re.MULTILINE)
-    return text.rstrip("\n")
-
-
-def test_what_commands_print_is_as_it_was(shell, trainings):
-    said = ""
-    for line in TEXTS:
-        _, out, err = shell(*line.split())
-        assert "\x1b" not in out
-        said += f"$ mesh {line}\n{normalised(out + err, trainings)}\n\n"
-    if os.environ.get("GOSSIPMESH_SNAPSHOTS") == "write":
-        SNAPSHOTS.write_text(said)
-    assert said == SNAPSHOTS.read_text()
-
-
-def test_a_plot_is_a_chart_or_a_picture(shell, trainings, monkeypatch):
-    code, out, err = shell("plot")
-    assert (code, err) == (0, "")
-    lines = out.splitlines()
-    assert lines[0] == "loss"
-    assert "drift" in lines
-    assert "* studio  o pi4" in lines
-    assert "\x1b" not in out
-
-    picture = trainings.host.root / "curves.svg"
-    pytest.importorskip("matplotlib")
-    assert shell("plot", "-o", picture)[0] == 0
-    assert b"<svg" in picture.read_bytes()
-    code, _, err = shell("plot", "-o", trainings.host.root / "curves.docx")
-    assert (code, err.count("\n")) == (2, 1)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, err = shell("plot", "-o", picture)
-    assert code == 2
-    assert "pip install 'gossipmesh[plots]'" in err
-    assert shell("plot", "--run", "other")[0] == 1
-
-
-# --------------------------------------------------------------------------------------- imports
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "status",
-        "peers -o wide",
-        "runs",
-        "events",
-        "logs",
-        "ls",
-        "ping pi4 -c 1",
-        "set every=8",
-        "version",
-    ],
-)
-def test_a_plain_command_imports_nothing_heavy(trainings, command):
-    host = trainings.host
-    completed = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "nodes.cli", *command.split()],
-        cwd=host.root,
-        env={**host.environment, "MESH_STATE": str(trainings.nodes[0].state)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
-    lines = [line for line in completed.stderr.splitlines() if line.startswith("import time:")]
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
-    assert {"mesh", "argparse"} <= loaded
-    assert not loaded & (HEAVY | SLOW_TO_ASK | {"matplotlib"})
-
-
-# ------------------------------------------------------------------------------------- repeating
-
-
-@contextlib.contextmanager
-def started(trainings, *arguments):
-    """A command whose output is a pipe."""
-    host = trainings.host
+def test_events_are_followed_one_object_a_line_until_ctrl_c(lan, shell):
+    host = lan.hosts[0]
     with subprocess.Popen(
-        host.command(*arguments),
-        cwd=host.root,
-        env={**host.environment, "MESH_STATE": str(trainings.nodes[0].state)},
+        host.command("events", "-f", "--json"),
+        env=host.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def test_a_watched_command_prints_one_object_a_line_until_ctrl_c(trainings):
-    with started(trainings, "status", "--json", "-w", 0.1) as process:
-        for _ in range(3):
-            validated(process.stdout.readline(), "mesh.status")
+        first = json.loads(process.stdout.readline())
+        assert fits(first)["kind"] == "address"
+        assert shell.run(0, "resume")[0] == 0
+        for line in process.stdout:
+            entry = fits(json.loads(line))
+            if entry["kind"] == "control" and "digits is resumed" in entry["text"]:
+                break
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 130
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("command", ["peers", "top"])
-def test_a_watched_command_ends_with_its_reader_before_the_next_answer(trainings, command):
-    with started(trainings, command, "-w", 3600) as process:
-        assert process.stdout.readline() != ""
-        began = time.monotonic()
-        process.stdout.close()
-        assert process.wait(DEADLINE_S) == 0
-        assert time.monotonic() - began < DEADLINE_S
-        assert process.stderr.read() == ""
+# -------------------------------------------------------------------------------------- errors
 
 
-def test_on_a_terminal_a_watched_command_draws_over_its_last_answer(trainings):
-    at = {**trainings.host.environment, "MESH_STATE": str(trainings.nodes[0].state)}
-    with Terminal("peers", "-w", "0.1", columns=60, lines=10, **at) as terminal:
-        terminal.until(lambda lines: terminal.said.count(b"\x1b[H") >= 3, "three frames")
-        assert sum("NAME" in line for line in terminal.lines) == 1
-        assert "studio" in terminal.lines[1]
-        assert terminal.lines[3] == "", "a line that is too long is cut"
-        terminal.process.send_signal(signal.SIGINT)
-        assert terminal.exit_code() == 130
-        assert b"Traceback" not in terminal.said
+def test_an_error_is_one_line_and_with_json_an_object_too(shell):
+    wrong = [
+        (("pause", "-N", "a"), 6, "refused", "--allow-control"),
+        (("leave", "-N", "a"), 6, "refused", "--allow-control"),
+        (("status", "-N", "nobody"), 2, "usage", "there are: a, b"),
+        (("ping", "nobody"), 2, "usage", "there are: a, b"),
+        (("bench", "b"), 2, "usage", "this node itself"),
+        (("pause", "--run", "other"), 2, "usage", "digits"),
+    ]
+    for command, code, kind, words in wrong:
+        returned, out, err = shell.run(1, *command, "--json")
+        assert (returned, err.count("\n")) == (code, 1), command
+        error = fits(json.loads(out))
+        assert error["code"] == kind
+        assert words in error["message"]
+        assert err == f"mesh: {error['message']}\n"
+        assert shell.run(1, *command)[1] == ""
 
 
-def test_a_watched_command_ends_when_its_question_fails(trainings, shell):
-    assert shell("status", "-N", "nobody", "-w", 1)[0] == 2
-    code, out, err = shell("status", "-w", 0.01)
-    assert (code, out) == (2, "")
-    assert "--watch 0.01" in err
+def test_a_hung_node_ends_every_command_in_its_time(lan, shell, monkeypatch):
+    monkeypatch.setattr(questions, "ANSWER_S", 0.2)
+    for name in ("PING_S", "BENCH_SLACK_S"):
+        monkeypatch.setattr(questions, name, 0.05)
+    os.kill(lan.b.pid, signal.SIGSTOP)
+    try:
+        code, _, err = shell.run(0, "status", "-N", "b")
+        assert code == 5
+        assert err.startswith("mesh: b: no answer through the mesh")
+        for command in (*ASKED, ("events", "-f"), ("logs", "-f")):
+            words = [word.replace("OTHER", "a") for word in command]
+            began = time.monotonic()
+            code, out, err = shell.run(1, *words)
+            assert (code, out) == (5, ""), words
+            assert err.startswith("mesh: the node did not answer within")
+            assert time.monotonic() - began < 5
+        assert shell.run(0, "ping", "b", "-c", "1")[0] in (5, 1), "by now it may be dead"
+        code, out, _ = shell.run(1, "ls")
+        assert (code, str(lan.b.pid) in out) == (0, True)
+    finally:
+        os.kill(lan.b.pid, signal.SIGCONT)
+    until(lambda: lan.a.status()["peers"]["alive"] == 1, "it refutes")
 
 
-def test_every_command_is_in_the_manual():
-    manual = (REPOSITORY / "docs/shell.md").read_text()
-    assert [name for name in COMMANDS if f"`mesh {name}" not in manual] == []
+def test_another_user_of_the_machine_cannot_open_the_socket(lan):
+    """Neither where the directory keeps it out, nor where somebody opened that to all."""
+    setpriv = shutil.which("setpriv")
+    if setpriv is None or os.getuid():
+        pytest.skip("needs setpriv, and root to become another user")
+    control = Path(lan.a.control)
+    code = (
+        "import socket\n"
+        "s = socket.socket(socket.AF_UNIX)\n"
+        f"s.connect({str(control)!r})\n"
+        's.sendall(b\'{"op": "status"}\\n\')\n'
+        "print(s.recv(100))\n"
+    )
+
+    def other_user():
+        command = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
+        return subprocess.run(
+            [*command, sys.executable, "-S", "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    modes = {path: path.stat().st_mode & 0o777 for path in (*control.parents[:2], control)}
+    assert (modes[control], modes[control.parent]) == (0o600, 0o700)
+    try:
+        control.parents[1].chmod(0o755)
+        shut = other_user()
+        for path in modes:
+            path.chmod(0o777)
+        opened = other_user()
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+    assert "PermissionError" in shut.stderr
+    assert "PermissionError" not in opened.stderr, "it came as far as the node"
+    assert opened.stdout in ("", "b''\n"), "which hangs up on it"
+    assert lan.a.status()["ok"] is True
+
+
+# ---------------------------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("command", ["status", "peers", "ls"])
+def test_a_cold_question_costs_little_and_imports_nothing_heavy(lan, command):
+    host = lan.hosts[0]
+    used_s = []
+    for flags in ((), (), ("-X", "importtime")):
+        before = os.times()
+        completed = subprocess.run(
+            [sys.executable, *flags, "-m", "nodes.cli", command],
+            env=host.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        after = os.times()
+        used_s.append(after.children_user + after.children_system)
+        used_s[-1] -= before.children_user + before.children_system
+    lines = [line for line in completed.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    heavy = {"torch", "trio", "numpy", "rich", "cryptography", "msgpack", "zeroconf"}
+    slow = {"asyncio", "dataclasses", "inspect", "subprocess"}
+    assert {"mesh", "argparse"} <= loaded
+    assert not loaded & (heavy | slow)
+    assert min(used_s) < CPU_S, "of a processor: others use the machine as well"
+
+
+# ------------------------------------------------------------------------------------ the end
+
+
+def test_a_node_that_allows_it_is_stopped_from_elsewhere_and_what_a_kill_left_is_cleaned_up(
+    lan, shell
+):
+    code, out, err = shell.run(0, "leave", "-N", "b")
+    assert (code, out, err) == (0, "b stops\n", "")
+    assert lan.b.exit_code() == 0
+    until(lambda: lan.a.peers() == [], "b said that it left")
+    assert shell.run(0, "status", "-N", "b")[0] == 2
+
+    lan.a.kill()
+    assert len(lan.hosts[0].leftovers()) == 3
+    code, out, err = shell.run(0, "status")
+    assert (code, out) == (3, "")
+    assert "was killed" in err
+    assert "cleaned up" in err
+    assert lan.hosts[0].leftovers() == []
+    code, out, err = shell.run(0, "status")
+    assert code == 3
+    assert "cleaned up" not in err
