@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import time
 from collections import Counter
