@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 import mesh
+from nodes import text
 
 DEFAULT_S: Final = 2.0
 LEAST_S, MOST_S = 0.1, 86400.0
@@ -33,12 +34,13 @@ def repeat(command: Callable[[], int], every_s: float, *, as_json: bool) -> int:
         due = time.monotonic() + every_s
         with contextlib.redirect_stdout(io.StringIO()) as kept:
             code = command()
-        text = kept.getvalue().rstrip("\n")
+        said = kept.getvalue().rstrip("\n")
         if redraws:
-            sys.stdout.write(_frame(text.splitlines(), first=not frames))
+            size = os.get_terminal_size(sys.stdout.fileno())
+            sys.stdout.write(frame(said.splitlines(), size, first=not frames))
         else:
             gap = "\n" if frames and not as_json else ""
-            print(f"{gap}{text}")
+            print(f"{gap}{said}")
         sys.stdout.flush()
         frames += 1
         if code not in (0, UNHEALTHY) or wait(due - time.monotonic()):
@@ -61,12 +63,13 @@ def wait(seconds: float) -> bool:
     )
 
 
-def _frame(lines: list[str], *, first: bool) -> str:
-    """Draws from the top left corner; lines that are too long are cut by the terminal itself."""
-    _, rows = os.get_terminal_size(sys.stdout.fileno())
+def frame(lines: list[str], size: os.terminal_size, *, first: bool) -> str:
+    """Draws from the top left corner; what is too long or too high is cut."""
+    columns, rows = size
     if len(lines) >= rows > 2:
         left = len(lines) - (rows - 2)
         lines = [*lines[: rows - 2], f"... {left} more lines: make the terminal higher"]
-    body = "".join(f"{line}\x1b[K\n" for line in lines)
+    # A width that this terminal counts otherwise must not break a line: it does not wrap meanwhile.
+    body = "".join(f"{text.fitted(line, columns).rstrip()}\x1b[K\n" for line in lines)
     start = "\x1b[2J" if first else ""
     return f"{start}\x1b[H\x1b[?7l{body}\x1b[?7h\x1b[J"

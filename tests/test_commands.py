@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyte
 import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 import mesh
+from nodes import watch
 from nodes.cli import COMMANDS, main
 from tests.helpers import DEADLINE_S, REPOSITORY, Host, NumpyTraining, until
 from tests.terminal import Terminal
@@ -269,6 +271,26 @@ def test_on_a_terminal_a_watched_command_draws_over_its_last_answer(trainings):
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.exit_code() == 130
         assert b"Traceback" not in terminal.said
+
+
+def test_an_answer_that_is_too_high_is_cut_and_says_so():
+    size = os.terminal_size((40, 6))
+    screen = pyte.Screen(*size)
+    stream = pyte.Stream(screen)
+    stream.feed("left over " * 24)
+    for count in (3, 9, 2):
+        text = watch.frame([f"line {k}" for k in range(count)], size, first=False)
+        stream.feed(text.replace("\n", "\r\n"))
+        shown = [line.rstrip() for line in screen.display]
+        match count:
+            case 9:
+                assert shown[3:] == [
+                    "line 3",
+                    "... 5 more lines: make the terminal higher"[:40],
+                    "",
+                ]
+            case _:
+                assert shown == [f"line {k}" for k in range(count)] + [""] * (6 - count)
 
 
 def test_a_watched_command_ends_when_its_question_fails(trainings, shell):
