@@ -15,6 +15,8 @@ TRAIL_LIMIT: Final = 120
 STATES: Final = ("alive", "suspect", "incompatible", "dead", "left")
 """In the order of how much a person has to do."""
 
+SHORT_STATES: Final = {"incompatible": "incomp."}
+
 
 class Row(NamedTuple):
     """One run on one node; `run` is None for a node that trains nothing."""
@@ -182,7 +184,7 @@ class Layout(NamedTuple):
         trails."""
         room = width - FIXED_WIDTH
         longest = max([text.width(row.name) for row in rows] + [4])
-        name = max(4, min(longest, room - 12))
+        name = min(longest, max(room - 12, NAME_LEAST))
         room -= name
         runs = {row.run for row in rows if row.run is not None}
         run = min(max(map(text.width, runs), default=0), 12, room - 13) if len(runs) > 1 else 0
@@ -192,7 +194,7 @@ class Layout(NamedTuple):
 
 
 WIDTHS: Final = {
-    "STATE": 5,
+    "STATE": 7,
     "STEP": 7,
     "LOSS": 6,
     "DRIFT": 6,
@@ -201,6 +203,9 @@ WIDTHS: Final = {
     "OUT/S": 5,
     "CPU": 4,
 }
+NAME_LEAST: Final = 8
+"""Below that names are not told apart; a narrower terminal loses its last columns instead."""
+
 FIXED_WIDTH: Final = 2 + sum(WIDTHS.values()) + len(WIDTHS) + 2
 """The mark of the own node, the columns of figures, and a space between any two of all columns."""
 
@@ -219,7 +224,7 @@ def cells(row: Row, trails: Trails, layout: Layout, *, ascii: bool = False) -> l
     """One row, each cell as wide as its column; of a node that is gone the reason, at the end."""
     first = ("* " if row.own else "  ") + text.fitted(row.name, layout.name)
     drawn = [first, *([text.fitted(row.run or "-", layout.run)] if layout.run else [])]
-    drawn.append(row.state[:5].ljust(WIDTHS["STATE"]))
+    drawn.append(SHORT_STATES.get(row.state, row.state).ljust(WIDTHS["STATE"]))
     if row.state != "alive" and row.reason:
         return [*drawn, row.reason]
     percent = None if row.load is None else min(100 * row.load, 999)

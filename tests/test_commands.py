@@ -1,5 +1,5 @@
 """Every command against two real nodes that train: its text against a snapshot, how it repeats, and
-the JSON of those that test_shell.py does not ask.
+the JSON of those that test_questions_real.py does not ask.
 
 GOSSIPMESH_SNAPSHOTS=write writes tests/command_snapshots.txt anew.
 """

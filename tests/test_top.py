@@ -175,7 +175,7 @@ def test_no_line_is_wider_than_the_terminal(columns):
     trails = Trails()
     trails.follow(rows)
     lines = drawn(looked(rows), columns, 10, trails=trails)
-    limit = max(columns, overview.FIXED_WIDTH + 16)
+    limit = max(columns, overview.FIXED_WIDTH + overview.NAME_LEAST)
     for line in lines[2:-1]:
         assert text.width(line) <= limit, line
     assert len(lines) == 10
