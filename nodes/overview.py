@@ -180,14 +180,14 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Row], width: int) -> "Layout":
-        """What fits `width`: trails of 6, then the names, the runs where there are several, longer
+        """What fits `width`: trails of 5, then the names, the runs where there are several, longer
         trails."""
         room = width - FIXED_WIDTH
         longest = max([text.width(row.name) for row in rows] + [4])
-        name = min(longest, max(room - 12, NAME_LEAST))
+        name = min(longest, max(room - 10, NAME_LEAST))
         room -= name
         runs = {row.run for row in rows if row.run is not None}
-        run = min(max(map(text.width, runs), default=0), 12, room - 13) if len(runs) > 1 else 0
+        run = min(max(map(text.width, runs), default=0), 12, room - 11) if len(runs) > 1 else 0
         run = run if run >= 3 else 0
         room -= run + (run > 0)
         return cls(name, run, max(0, min(room // 2, 24)))
