@@ -24,6 +24,7 @@ from mesh import report
 from mesh.codec import EXACT, check_codec
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
+from mesh.core.strategies import PAIR, check_strategy
 from mesh.errors import MeshError, UsageError
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -308,12 +309,13 @@ def _spec(request: Request) -> RunSpec:
         raise UsageError(f"a model has 1..{ENTRIES_LIMIT} tensors")
     entries = tuple(_entry(item) for item in schema)
     codec = check_codec(request.get("codec", EXACT))
+    weight = _real(request, "weight", 0.0, 1e12)
     if not 0 < sum(math.prod(entry.shape) for entry in entries) <= MODEL_LIMIT_ENTRIES:
         raise UsageError(f"a model has 1..{MODEL_LIMIT_ENTRIES:,} numbers")
     return RunSpec(
         run=name,
         entries=entries,
-        weight=_real(request, "weight", 0.0, 1e12),
+        weight=weight,
         every=_whole(request, "every", low=1),
         sync_timeout_s=_real(request, "sync_timeout_s", 0.0, 86400.0),
         pid=_whole(request, "pid"),
@@ -321,6 +323,7 @@ def _spec(request: Request) -> RunSpec:
         started=request.get("started") is True,
         exchanged=request.get("exchanged") is True,
         codec=codec,
+        strategy=check_strategy(str(request.get("strategy", PAIR)), weight),
     )
 
 

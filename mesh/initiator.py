@@ -21,6 +21,7 @@ from mesh.core.messages import (
     NodeId,
     RunInfo,
 )
+from mesh.core.strategies import part_of
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import FrameReader
 from mesh.links import Peer
@@ -76,8 +77,8 @@ class Initiator:
             run.taken = np.empty_like(run.replica.weights) if idle is None else idle
         try:
             outcome, reason = await self._drive_until_broken_off(run, record, start.addresses)
-            if start.pull and outcome is ev.Outcome.COMPLETED:
-                await run.fill()
+            if outcome is ev.Outcome.COMPLETED:
+                await self._settle(run, record, start)
         finally:
             run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)
@@ -92,8 +93,19 @@ class Initiator:
                     duration_s=trio.current_time() - began,
                     square_distance=record.square_distance,
                     square_norm=run.replica.square_norm(),
+                    clip=record.clip,
+                    ahead=record.ahead,
                 )
             )
+
+    async def _settle(self, run: Run, record: Initiation, start: ev.StartExchange) -> None:
+        """What a strategy does with a replica once an exchange has brought it all."""
+        if record.clip:
+            record.square_distance = await run.mix_clipped()
+        elif start.pull:
+            await run.fill()
+        elif not start.rest:
+            await run.step_outer()
 
     async def close(self) -> None:
         """Ends the idle connections."""
@@ -118,12 +130,18 @@ class Initiator:
         if unfinished is not None:
             run.counters.resumed += 1
             return unfinished
+        fragments = run.replica.fragments
+        first, end = (0, fragments) if start.part is None else part_of(fragments, start.part)
         return Initiation(
             exchange=start.exchange,
             peer=start.peer,
-            fragments=run.replica.fragments,
+            first=first,
+            end=end,
             pull=start.pull,
             codec=EXACT if start.pull or start.rest else run.spec.codec,
+            clip=start.clip,
+            turn=start.turn,
+            reach=run.reach(),
         )
 
     def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:
@@ -132,8 +150,10 @@ class Initiator:
                 run.counters.completed += 1
                 run.counters.pulled += record.pull
                 run.exchanged_at, run.last_peer = trio.current_time(), record.peer
-                if not record.pull:
+                if record.clip or not record.pull:
                     run.distances.append(record.square_distance)
+                if not record.pull:
+                    run.guard.heard(record.square_distance)
             case ev.Outcome.REFUSED:
                 run.counters.refused += 1
             case ev.Outcome.INTERRUPTED:
@@ -179,6 +199,7 @@ class Initiator:
                     await Conversation(run, record, stream, reader).hold(info)
                 return ev.Outcome.COMPLETED, ""
             except Refused as refusal:
+                record.ahead = refusal.position
                 outcome = ev.Outcome.ABANDONED if refusal.unknown else ev.Outcome.REFUSED
                 return outcome, str(refusal)
             except NotFinite as error:

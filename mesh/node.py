@@ -24,6 +24,7 @@ from mesh.core.membership import first_row
 from mesh.core.messages import PROTOCOL, Hello, NodeId, Purpose, Refusal
 from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
+from mesh.core.strategies import fragment_entries
 from mesh.errors import (
     ConnectionRefused,
     IdentityError,
@@ -104,6 +105,7 @@ class Node:
             self._runs,
             emit=self._put.send,
             info_of=self._protocol.run_info,
+            out_of_turn=self._protocol.out_of_turn,
             refused=self.count_refused,
         )
         self._nursery: trio.Nursery | None = None
@@ -179,7 +181,7 @@ class Node:
         """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
         weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
         self.check_run(spec)
-        replica, now = self._make_replica(len(posted)), trio.current_time()
+        replica, now = self._make_replica(spec, len(posted)), trio.current_time()
         partners = partial(self._protocol.partner_count, spec.run)
         run = make_run(spec, replica, self._codecs, posted, offered, tell, partners, now)
         self._runs[spec.run] = run
@@ -198,13 +200,14 @@ class Node:
                 sync_timeout_s=spec.sync_timeout_s,
                 started=spec.started,
                 exchanged=spec.exchanged,
+                strategy=spec.strategy,
             )
         )
         return run
 
-    def _make_replica(self, entries: int) -> Replica:
+    def _make_replica(self, spec: RunSpec, entries: int) -> Replica:
         """Where the simulator puts one that watches itself."""
-        return Replica(entries)
+        return Replica(entries, fragment_entries(spec.strategy, entries))
 
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""

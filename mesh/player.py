@@ -12,6 +12,7 @@ import numpy as np
 
 from mesh.codec import EXACT, Floats
 from mesh.core.messages import SchemaEntry
+from mesh.core.strategies import PAIR
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
 
@@ -30,6 +31,7 @@ class Player:
         sync_timeout_s: float = 2.0,
         run: str = RUN,
         codec: str = EXACT,
+        strategy: str = PAIR,
     ) -> None:
         self.x = x
         self.weight = weight
@@ -41,6 +43,7 @@ class Player:
         self.node: Node | None = None
         self._name = run
         self._codec = codec
+        self._strategy = strategy
         self._sync_timeout_s = sync_timeout_s
         self._met = False
         self._run: Run | None = None
@@ -72,6 +75,7 @@ class Player:
             started=self.began is not None,
             exchanged=self._met,
             codec=self._codec,
+            strategy=self._strategy,
         )
 
         def tell(event: dict[str, Any]) -> None:

@@ -130,6 +130,7 @@ def _run(run: RunStatistics) -> dict[str, Any]:
         "every": run.spec.every,
         "weight": run.spec.weight,
         "codec": run.spec.codec,
+        "strategy": run.spec.strategy,
         "began": run.how,
         "step": run.step,
         "loss": _number(run.loss),

@@ -18,10 +18,16 @@ from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
 from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
+from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
+from mesh.core.strategies import CLIP_PEERS, OUTER, PAIR
 from mesh.errors import LocalProtocolError
+from mesh.outer import OuterMomentum
 from mesh.replica import HandOver, Replica
+
+CLIP_RECENT: Final = 2 * CLIP_PEERS
+"""Distances whose smallest is the radius of `clip`: those of two rounds."""
 
 DISTANCES_KEPT: Final = 8
 """Pair distances that the drift is read from: the last few, or it would lag behind the training."""
@@ -45,6 +51,7 @@ class RunSpec:
     exchanged: bool = False
     codec: str = EXACT
     """of the exchanges that this node begins"""
+    strategy: str = PAIR
 
     @property
     def schema(self) -> str:
@@ -100,6 +107,10 @@ class Run:
     how: Beginning | None = None
     ours: bool = True
     """whose turn the hand-over buffers are: the node's, or the training's"""
+    guard: Guard = field(default_factory=Guard)
+    outer: OuterMomentum | None = None
+    pulled: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_RECENT))
+    """`clip`: how far the last replicas were that this one saw"""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """held by whoever goes through all fragments"""
     meets: int = 0
@@ -123,10 +134,46 @@ class Run:
         """w = what a pull has brought, now that it is whole."""
         async with self.turn:
             await self._each_fragment(lambda index: self.replica.fill(index, self.taken))
+            await self._begin_outer()
+
+    async def mix_clipped(self) -> float:
+        """w goes a quarter of the way to what a pull has brought, or less: as far as if it were no
+        further away than the nearest of those seen lately. Returns its square distance.
+
+        Source: self-centred clipping, He, Karimireddy, Jaggi, "Byzantine-Robust Decentralized Learning
+        via ClippedGossip" (2022), the radius being the smallest recent distance.
+        """
+        square = 0.0
+
+        def measure(index: int) -> None:
+            nonlocal square
+            square += self.replica.square_distance(index, self.taken)
+
+        async with self.turn:
+            await self._each_fragment(measure)
+            self.pulled.append(square)
+            if square and len(self.pulled) >= CLIP_PEERS:
+                part = (min(self.pulled) / square) ** 0.5 / (CLIP_PEERS + 1)
+                await self._each_fragment(
+                    lambda index: self.replica.approach(index, self.taken, part)
+                )
+        return square
+
+    async def step_outer(self) -> None:
+        """An exchange has brought w to the mean of a pair: one outer step, where there are such."""
+        if self.outer is not None:
+            async with self.turn:
+                await self._each_fragment(self.outer.step)
+
+    async def _begin_outer(self) -> None:
+        if self.outer is not None:
+            await self._each_fragment(self.outer.begin)
 
     async def begin(self, donor: str | None) -> None:
         """The replica holds its first weights: hand them to the training. Set `how` before."""
         assert self.how is not None
+        async with self.turn:
+            await self._begin_outer()
         await self._offer({"event": "begun", "how": self.how.value, "from": donor})
 
     async def post(self, *, step: int, loss: float | None, samples: int) -> None:
@@ -136,6 +183,8 @@ class Run:
                 raise LocalProtocolError("posted without an offer in hand")
             self.step, self.loss, self.samples = step, loss, samples
             whole = await self._each_fragment(self.hand_over.merge)
+            if not self.partners():
+                await self._begin_outer()
             self.ours = True  # only now: an offer overwrites what is being merged
         if not whole:
             self.counters.non_finite += 1
@@ -181,6 +230,11 @@ class Run:
         a connection broke: then both sides take half."""
         return any(index in record.in_doubt for record in self.initiated)
 
+    def reach(self) -> float | None:
+        """The longest delta that an exchange may bring now; see core/guard.py."""
+        progress, norm = self.replica.square_progress(), self.replica.square_norm()
+        return self.guard.reach(progress**0.5, norm**0.5)
+
     def drift(self, replicas: int) -> float | None:
         """Consensus distance: RMS over replicas of the distance to their mean.
 
@@ -215,6 +269,7 @@ def make_run(
         attached_at=now,
         buffers=buffers,
         partners=partners,
+        outer=OuterMomentum(replica) if spec.strategy == OUTER else None,
     )
 
 

@@ -26,6 +26,7 @@ import torch
 
 from mesh.attachment import Attachment
 from mesh.codec import EXACT, check_codec
+from mesh.core.strategies import PAIR, check_strategy, usual_every
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
 from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
@@ -66,7 +67,8 @@ def join(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     run: str | None = None,
-    every: int = 8,
+    strategy: str = PAIR,
+    every: int | None = None,
     weight: float = 1.0,
     patience: float = 0.0,
     sync_timeout: float = 2.0,
@@ -84,7 +86,11 @@ def join(
         float64), tied weights once; integer and bool buffers stay local.
     optimizer: checked to hold this model's parameters; its own state stays local.
     run: name of the training; machines of one run with equal layers average. Default: the script's.
-    every: steps between hand-overs; smaller for small batches and uneven data.
+    strategy: how replicas are averaged: "pair"; "exact" for few, steady nodes; "cyclic" a part at a
+        time; "outer" for slow networks; "clip" where nodes may lie. docs/strategies.md compares them.
+        All nodes of a run have the same.
+    every: steps between hand-overs; smaller for small batches and uneven data. Default 8; 50 for
+        "outer".
     weight: this node's part in the average (FedAvg: its number of samples).
     patience: seconds that a hand-over may wait for its exchange; 0 never waits.
     codec: how this node writes numbers in the exchanges it begins: "f32" exactly; "bf16" in half the
@@ -95,6 +101,8 @@ def join(
     """
     if not run:
         run = Path(sys.argv[0] or "default").stem[:64] or "default"
+    if every is None:
+        every = usual_every(strategy)
     if type(every) is not int or every < 1:
         raise UsageError(f"every={every!r}: a whole number of steps from 1")
     for name, value in (("weight", weight), ("patience", patience), ("sync_timeout", sync_timeout)):
@@ -102,6 +110,7 @@ def join(
             raise UsageError(f"{name}={value!r}: a number from 0 to {NUMBER_LIMIT:g}")
     if weight == 0:
         raise UsageError("weight=0: a replica without weight would never be heard")
+    check_strategy(strategy, weight)
     tensors = Tensors(model)
     _check_optimizer(model, optimizer)
     if settings is None:
@@ -115,6 +124,7 @@ def join(
             "weight": float(weight),
             "every": every,
             "codec": check_codec(codec),
+            "strategy": strategy,
             "sync_timeout_s": float(sync_timeout),
             "pid": os.getpid(),
             "script": sys.argv[0] or "python",

@@ -47,6 +47,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -104,6 +105,16 @@ def _weight(value: Any) -> float:
     if type(value) is not float or not math.isfinite(value) or not 0 <= value <= 1e12:
         raise _Invalid("a weight of 0..1e12")
     return value
+
+
+def _length(value: Any) -> float:
+    if type(value) is not float or not 0 <= value < math.inf:
+        raise _Invalid("a length from 0")
+    return value
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
 
 
 def _node(value: Any) -> NodeId:
@@ -177,6 +188,7 @@ _run_info = _record(
     started=_flag,
     exchanged=_flag,
     progress=_whole(0, 64),
+    strategy=_text(16),
 )
 _row = _record(
     Member,
@@ -197,6 +209,7 @@ def _member(value: Any) -> Member:
     return row
 
 
+_turn = _record(Turn, view=_text(16), position=_counter, step=_length)
 _entry = _record(SchemaEntry, name=_text(256), shape=_many(_whole(0, 2**40), 16), dtype=_text(16))
 _hello = _record(
     Hello,
@@ -242,12 +255,23 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             exchanged=_flag,
             progress=_whole(0, 64),
             codec=_text(16),
+            strategy=_text(16),
+            first=_index,
+            end=_optional(_index),
+            reach=_optional(_length),
+            turn=_optional(_turn),
         ),
     ),
     (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),
     (
         ExchangeRefused,
-        _record(ExchangeRefused, exchange=_counter, reason=_reason, unknown=_flag),
+        _record(
+            ExchangeRefused,
+            exchange=_counter,
+            reason=_reason,
+            unknown=_flag,
+            position=_optional(_counter),
+        ),
     ),
     (Fragment, _record(Fragment, exchange=_counter, index=_index, received=_index)),
     (Delta, _record(Delta, exchange=_counter, index=_index, halved=_flag)),

@@ -41,6 +41,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -107,6 +108,7 @@ runs = st.builds(
     started=st.booleans(),
     exchanged=st.booleans(),
     progress=st.integers(0, 64),
+    strategy=text(16),
 )
 addresses = (
     st.ip_addresses()
@@ -136,6 +138,7 @@ entries = st.builds(
     shape=st.lists(st.integers(0, 2**40), max_size=16).map(tuple),
     dtype=text(16),
 )
+turns = st.builds(Turn, view=text(16), position=counters, step=weights)
 messages = st.one_of(
     st.builds(
         Hello,
@@ -169,9 +172,21 @@ messages = st.one_of(
         started=st.booleans(),
         exchanged=st.booleans(),
         progress=st.integers(0, 64),
+        codec=text(16),
+        strategy=text(16),
+        first=indexes,
+        end=st.none() | indexes,
+        reach=st.none() | weights,
+        turn=st.none() | turns,
     ),
     st.builds(ExchangeOpened, exchange=counters, weight=weights),
-    st.builds(ExchangeRefused, exchange=counters, reason=text(500), unknown=st.booleans()),
+    st.builds(
+        ExchangeRefused,
+        exchange=counters,
+        reason=text(500),
+        unknown=st.booleans(),
+        position=st.none() | counters,
+    ),
     st.builds(Fragment, exchange=counters, index=indexes, received=indexes),
     st.builds(Delta, exchange=counters, index=indexes, halved=st.booleans()),
     st.builds(FinishExchange, exchange=counters),

@@ -13,6 +13,7 @@ from mesh.core.messages import (
     Hello,
     NodeId,
     SchemaEntry,
+    Turn,
 )
 
 # ------------------------------------------------------------------------------------- events
@@ -102,6 +103,7 @@ class RunAttached:
     sync_timeout_s: float
     started: bool
     exchanged: bool
+    strategy: str = "pair"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,14 @@ class Posted:
 
     run: str
     waits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeAnswered:
+    """A partner's request at this place in the rounds was answered in full."""
+
+    run: str
+    turn: Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +153,9 @@ class ExchangeEnded:
     duration_s: float
     square_distance: float
     square_norm: float
+    clip: bool = False
+    ahead: int | None = None
+    """refused out of turn: the peer's place in the rounds"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +176,7 @@ Event = (
     | RunDetached
     | Posted
     | WeightsServed
+    | ExchangeAnswered
     | ExchangeEnded
     | Leaving
 )
@@ -224,6 +238,11 @@ class StartExchange:
     exchange: int
     pull: bool
     rest: bool = False
+    part: int | None = None
+    """which part of the model in turn; None: all of it"""
+    clip: bool = False
+    """mix what was pulled, clipped, instead of taking it"""
+    turn: Turn | None = None
 
 
 class Beginning(Enum):

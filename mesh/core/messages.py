@@ -54,6 +54,8 @@ class RunInfo:
     progress: int = 0
     """how far it came before it met anybody: bits of its count of hand-overs, so that it changes
     seldom; of two that trained alone the one that came further gives"""
+    strategy: str = "pair"
+    """how it averages (core/strategies.py); equal or no exchange"""
 
 
 ACCUSERS_LIMIT = 4
@@ -160,6 +162,18 @@ class SchemaPage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A place in the rounds of an exact average (core/strategies.py)."""
+
+    view: str
+    """hash of the nodes that take part: another set, other rounds"""
+    position: int
+    """rounds since the first of this view"""
+    step: float
+    """the part of the difference that both sides take in this round"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenExchange:
     """The initiator asks for an exchange, or takes one up again from fragment `start`.
 
@@ -177,6 +191,14 @@ class OpenExchange:
     progress: int
     codec: str
     """how fragments and deltas are written, both ways (mesh/codec.py)"""
+    strategy: str = "pair"
+    first: int = 0
+    """the exchange is about the fragments [first, end)"""
+    end: int | None = None
+    """None: to the last"""
+    reach: float | None = None
+    """the longest delta, as a norm, that the initiator lets this exchange apply; None: any"""
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +216,8 @@ class ExchangeRefused:
     exchange: int
     reason: str
     unknown: bool
+    position: int | None = None
+    """the responder's place in the rounds, where the request came for another: ask again soon"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -84,6 +85,8 @@ class MeshProtocol:
                 effects = self._averaging.posted(event, now)
             case ev.WeightsServed():
                 effects = self._averaging.mark(event.run, exchanged=True)
+            case ev.ExchangeAnswered():
+                effects = self._averaging.exchange_answered(event, now)
             case ev.ExchangeEnded():
                 effects = self._averaging.exchange_ended(event, now)
             case ev.Leaving():
@@ -116,6 +119,10 @@ class MeshProtocol:
     def run_info(self, run: str) -> RunInfo | None:
         """What this node says of a run of its own; None if nobody trains it here."""
         return self._averaging.info(run)
+
+    def out_of_turn(self, run: str, peer: NodeId, turn: Turn | None) -> tuple[str, int] | None:
+        """Why a request at this place in the rounds cannot be answered now, and our own place."""
+        return self._averaging.out_of_turn(run, peer, turn)
 
     def partner_count(self, run: str) -> int:
         """How many peers a run of this node can be averaged with now."""
