@@ -151,7 +151,7 @@ class Schedule:
         if event.outcome is Outcome.COMPLETED:
             self._setbacks.pop(event.peer, None)
             agreed = event.square_distance <= AGREED * event.square_norm
-            if agreed and (event.clip or not event.pull):
+            if agreed and self._plan.whole and (event.clip or not event.pull):
                 self._rest_at = now + REST_DUTY * rest_s
         else:
             setbacks = self._setbacks.get(event.peer, 0)

@@ -79,6 +79,9 @@ class Start:
 class Plan(Protocol):
     """One strategy's choice of exchanges, for one run."""
 
+    whole: bool
+    """exchanges are about the whole model: replicas that one finds equal are equal"""
+
     @property
     def midway(self) -> bool:
         """A round was begun and is not over: choose() again at once."""
@@ -102,6 +105,7 @@ class RandomPairs:
     def __init__(self, rng: Random, *, cyclic: bool = False) -> None:
         self._rng = rng
         self._part: int | None = 0 if cyclic else None
+        self.whole = not cyclic
 
     def see(self, nodes: Sequence[NodeId]) -> None:
         pass
@@ -116,6 +120,8 @@ class RandomPairs:
 
 class ClippedPulls:
     """`clip`: the weights of three different peers, one after the other."""
+
+    whole = True
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -148,6 +154,8 @@ class ExactRounds:
     passed a round with us that we did not: one of the two was new, and whoever is behind jumps there;
     that cycle is not exact, the next is. 3. Other nodes: from the beginning.
     """
+
+    whole = True
 
     def __init__(self, me: NodeId) -> None:
         self._me = me
