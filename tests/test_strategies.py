@@ -325,6 +325,7 @@ def test_outer_nodes_learn_together_and_agree():
                 for player in players:
                     await hand_over(player, np.float32(0.3) * (target - player.x))
                 await trio.sleep(0.05)
+            assert all(np.any(p.run.outer.momentum) for p in players)
             far = max(np.abs(p.weights - target).max() for p in players)
             assert far < 0.05 * np.abs(target).max()
 
@@ -443,6 +444,7 @@ def test_nodes_of_different_strategies_do_not_average_and_say_why():
             (peer,) = mesh.nodes[1].statistics().protocol.peers
             assert peer.state == "incompatible"
             assert peer.reason == "strategy differs: pair here, outer there"
+            assert [p.run.counters.refused for p in players] == [0, 0], "nobody even asks"
 
     run_seeded(main, 1)
 
