@@ -22,6 +22,7 @@ import trio
 
 from mesh import report
 from mesh.codec import EXACT, check_codec
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
 from mesh.errors import MeshError, UsageError
@@ -321,6 +322,8 @@ def _spec(request: Request) -> RunSpec:
         started=request.get("started") is True,
         exchanged=request.get("exchanged") is True,
         codec=codec,
+        step=_whole({"step": 0, **request}, "step"),
+        clock=_real({"clock": 0.0, **request}, "clock", -CLOCK_LIMIT, CLOCK_LIMIT),
     )
 
 

@@ -65,6 +65,7 @@ class Conversation:
                     exchanged=info.exchanged,
                     progress=info.progress,
                     codec=record.codec,
+                    clock=record.clock,
                 )
             )
             if record.fragments == 1:
@@ -141,6 +142,7 @@ class Conversation:
                         weight = message.weight
                         if not record.pull and weight + self._run.spec.weight <= 0:
                             raise RemoteProtocolError("two replicas of weight 0")
+                        self._run.clock_answered(record, message.clock, weight)
                     case Delta() if weight is not None and message.index < record.fragments:
                         if length != self._run.replica.body_bytes(message.index, self._codec):
                             raise RemoteProtocolError(f"a delta of {length} bytes")

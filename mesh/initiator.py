@@ -124,6 +124,7 @@ class Initiator:
             fragments=run.replica.fragments,
             pull=start.pull,
             codec=EXACT if start.pull or start.rest else run.spec.codec,
+            clock=run.clock.steps,
         )
 
     def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:

@@ -132,6 +132,7 @@ def _run(run: RunStatistics) -> dict[str, Any]:
         "codec": run.spec.codec,
         "began": run.how,
         "step": run.step,
+        "mesh_step": run.mesh_step,
         "loss": _number(run.loss),
         "samples": run.samples,
         "partners": run.partners,

@@ -119,9 +119,26 @@ class Responder:
         reason = self._objection(peer, message)
         if reason is None:
             run = self._runs[message.run]
-            return run, ExchangeOpened(exchange=message.exchange, weight=run.spec.weight)
+            return run, ExchangeOpened(
+                exchange=message.exchange,
+                weight=run.spec.weight,
+                clock=self._clock(peer, run, message),
+            )
         unknown = message.start > 0
         return None, ExchangeRefused(exchange=message.exchange, reason=reason, unknown=unknown)
+
+    @staticmethod
+    def _clock(peer: NodeId, run: Run, opening: OpenExchange) -> float:
+        """What to say of the mesh clock; it moves when an exchange is opened first."""
+        if opening.pull:
+            return run.clock.steps
+        return run.responses.clock(
+            peer,
+            opening.exchange,
+            lambda: run.clock.answer(
+                opening.clock, opening.weight, run.spec.weight, halved=run.clock_crosses()
+            ),
+        )
 
     def _objection(self, peer: NodeId, message: OpenExchange) -> str | None:
         run, info = self._runs.get(message.run), self._info_of(message.run)

@@ -16,6 +16,7 @@ import trio
 
 from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
+from mesh.core.clock import MeshClock
 from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.messages import NodeId, SchemaEntry
@@ -45,6 +46,10 @@ class RunSpec:
     exchanged: bool = False
     codec: str = EXACT
     """of the exchanges that this node begins"""
+    step: int = 0
+    """steps that the training made before it attached: they are in `clock` already"""
+    clock: float = 0.0
+    """its part of the mesh clock, of a training that attaches again or was resumed"""
 
     @property
     def schema(self) -> str:
@@ -93,6 +98,7 @@ class Run:
     """what a pull has brought so far: a donor that dies in the middle must not leave half a model"""
     unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    clock: MeshClock = field(default_factory=MeshClock)
     distances: deque[float] = field(default_factory=lambda: deque(maxlen=DISTANCES_KEPT))
     step: int = 0
     loss: float | None = None
@@ -123,6 +129,8 @@ class Run:
         """w = what a pull has brought, now that it is whole."""
         async with self.turn:
             await self._each_fragment(lambda index: self.replica.fill(index, self.taken))
+            if self.current is not None and self.current.clock_answer is not None:
+                self.clock.take(self.current.clock_answer)
 
     async def begin(self, donor: str | None) -> None:
         """The replica holds its first weights: hand them to the training. Set `how` before."""
@@ -134,6 +142,7 @@ class Run:
         async with self.turn:
             if self.ours:
                 raise LocalProtocolError("posted without an offer in hand")
+            self.clock.add(max(0, step - self.step))
             self.step, self.loss, self.samples = step, loss, samples
             whole = await self._each_fragment(self.hand_over.merge)
             self.ours = True  # only now: an offer overwrites what is being merged
@@ -162,7 +171,8 @@ class Run:
             await self._each_fragment(self.hand_over.offer)
             if meets == self.meets:
                 self.ours = False
-                self.tell({**event, "meets": meets, "peers": self.partners()})
+                news = {"meets": meets, "peers": self.partners(), "clock": self.clock.steps}
+                self.tell({**event, **news})
 
     async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
         """Does `step` to one fragment after the other; False if any step said so.
@@ -180,6 +190,21 @@ class Run:
         """Whether our own request for this fragment is in flight, or its answer may wait for us where
         a connection broke: then both sides take half."""
         return any(index in record.in_doubt for record in self.initiated)
+
+    def clock_crosses(self) -> bool:
+        """Whether our own part of the mesh clock is on its way to somebody: see crosses()."""
+        return any(not record.pull and record.clock_answer is None for record in self.initiated)
+
+    def clock_answered(self, record: Initiation, said: float, weight: float) -> None:
+        """A responder of weight p = `weight` opened our exchange, for the first time or again.
+
+        What it says again is what it said before. If not, it died and has moved its part once more.
+        """
+        if said == record.clock_answer:
+            return
+        record.clock_answer = said
+        if not record.pull:
+            self.clock.answered(record.clock, said, weight, self.spec.weight)
 
     def drift(self, replicas: int) -> float | None:
         """Consensus distance: RMS over replicas of the distance to their mean.
@@ -215,6 +240,8 @@ def make_run(
         attached_at=now,
         buffers=buffers,
         partners=partners,
+        step=spec.step,
+        clock=MeshClock(spec.clock),
     )
 
 
@@ -225,6 +252,7 @@ class RunStatistics:
     spec: RunSpec
     how: str | None
     step: int
+    mesh_step: int
     loss: float | None
     samples: int
     partners: int
@@ -241,6 +269,7 @@ def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
         spec=run.spec,
         how=run.how.value if run.how else None,
         step=run.step,
+        mesh_step=run.clock.shown,
         loss=run.loss,
         samples=run.samples,
         partners=partners,

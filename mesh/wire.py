@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 from mesh.core.address import Address
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
@@ -103,6 +104,12 @@ def _flag(value: Any) -> bool:
 def _weight(value: Any) -> float:
     if type(value) is not float or not math.isfinite(value) or not 0 <= value <= 1e12:
         raise _Invalid("a weight of 0..1e12")
+    return value
+
+
+def _clock(value: Any) -> float:
+    if type(value) is not float or not abs(value) <= CLOCK_LIMIT:  # NaN is not
+        raise _Invalid(f"a mesh clock of at most {CLOCK_LIMIT:g} steps")
     return value
 
 
@@ -242,9 +249,13 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             exchanged=_flag,
             progress=_whole(0, 64),
             codec=_text(16),
+            clock=_clock,
         ),
     ),
-    (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),
+    (
+        ExchangeOpened,
+        _record(ExchangeOpened, exchange=_counter, weight=_weight, clock=_clock),
+    ),
     (
         ExchangeRefused,
         _record(ExchangeRefused, exchange=_counter, reason=_reason, unknown=_flag),

@@ -55,6 +55,10 @@ class Initiation:
     sent: int = 0
     sent_once: int = 0
     square_distance: float = 0.0
+    clock: float = 0.0
+    """what the responder is told of the mesh clock, at every opening of this exchange"""
+    clock_answer: float | None = None
+    """what it said, once it did"""
 
     @property
     def done(self) -> bool:
@@ -96,6 +100,8 @@ class _Record(Generic[Reply]):
     applied: int = 0
     finished: bool = False
     kept: deque[tuple[int, Reply]] = field(default_factory=deque)
+    clock: float | None = None
+    """what the initiator was told of the mesh clock"""
 
 
 class Responses(Generic[Reply]):
@@ -155,6 +161,14 @@ class Responses(Generic[Reply]):
             raise LocalProtocolError("applied out of order")
         record.applied += 1
         record.kept.append((index, reply))
+
+    def clock(self, initiator: NodeId, exchange: int, move: Callable[[], float]) -> float:
+        """What `move` said of the mesh clock when this exchange was opened first; it is not asked
+        again at a resume."""
+        record = self._record(initiator, exchange)
+        if record.clock is None:
+            record.clock = move()
+        return record.clock
 
     def finish(self, initiator: NodeId, exchange: int) -> None:
         """The initiator has every delta; the record stays only to recognise old numbers."""

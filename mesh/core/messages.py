@@ -177,6 +177,8 @@ class OpenExchange:
     progress: int
     codec: str
     """how fragments and deltas are written, both ways (mesh/codec.py)"""
+    clock: float = 0.0
+    """the initiator's part of the mesh clock when it began this exchange; the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +187,8 @@ class ExchangeOpened:
 
     exchange: int
     weight: float
+    clock: float = 0.0
+    """the responder's part of the mesh clock (core/clock.py); the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
