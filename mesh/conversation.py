@@ -144,6 +144,8 @@ class Conversation:
                             raise RemoteProtocolError("two replicas of weight 0")
                         self._run.clock_answered(record, message.clock, weight)
                     case Delta() if weight is not None and message.index < record.fragments:
+                        if record.pull and self._run.ended:
+                            raise StreamLost("the run ended here")
                         if length != self._run.replica.body_bytes(message.index, self._codec):
                             raise RemoteProtocolError(f"a delta of {length} bytes")
                         await self._reader.body(buffer[:length], timeout_s=STALL_S)

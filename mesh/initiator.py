@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final
 
-import numpy as np
 import trio
 
 from mesh.codec import EXACT
@@ -71,13 +70,13 @@ class Initiator:
         record = self._record(run, start)
         run.current = record
         if start.pull:
-            # Before a training begins its offer buffer is idle; one that trains is reading it.
-            idle = run.hand_over.offered if run.how is None else None
-            run.taken = np.empty_like(run.replica.weights) if idle is None else idle
+            record.goes_on_at(run.take_up(start.peer, resumes=start.resumes, now=began))
         try:
             outcome, reason = await self._drive_until_broken_off(run, record, start.addresses)
             if start.pull and outcome is ev.Outcome.COMPLETED:
                 await run.fill()
+            elif start.pull:
+                run.broke_off(record, resumes=start.resumes, now=trio.current_time())
         finally:
             run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)

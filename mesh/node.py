@@ -214,6 +214,7 @@ class Node:
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
         if self._runs.get(run.name) is run:
+            run.ended = True
             # The name is free again only when the loop is done with it: nothing that was decided
             # for this run may reach the next one.
             await self._send_and_wait(ev.RunDetached(run=run.name))

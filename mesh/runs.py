@@ -27,6 +27,10 @@ from mesh.replica import HandOver, Replica
 DISTANCES_KEPT: Final = 8
 """Pair distances that the drift is read from: the last few, or it would lag behind the training."""
 
+PARTIAL_KEPT_S: Final = 60.0
+"""For the next donor to be asked; after that the mesh has gone on too far for half a model of then
+and half of now."""
+
 Tell = Callable[[dict[str, Any]], None]
 """Puts one event into the training's queue; never waits."""
 
@@ -79,6 +83,18 @@ class KeptReply:
     halved: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """What a pull brought before its donor was lost: the fragments below `fragments` of `values`."""
+
+    values: Floats
+    fragments: int
+    donor: NodeId
+    resumes: bool
+    """another donor may bring the rest (events.StartExchange)"""
+    until: float
+
+
 @dataclass(slots=True)
 class Run:
     """See the module's docstring."""
@@ -96,6 +112,10 @@ class Run:
     current: Initiation | None = None
     taken: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """what a pull has brought so far: a donor that dies in the middle must not leave half a model"""
+    partial: Partial | None = None
+    """between two pulls: what the first one brought, for the next donor to complete"""
+    ended: bool = False
+    """the training is gone: nobody waits for what a pull would bring"""
     unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     clock: MeshClock = field(default_factory=MeshClock)
@@ -124,6 +144,34 @@ class Run:
     async def load(self) -> None:
         """w = the training's own first weights. Raises NotFinite."""
         await self._each_fragment(self.hand_over.begin)
+
+    def take_up(self, donor: NodeId, *, resumes: bool, now: float) -> int:
+        """Makes room for a pull; returns the fragment at which it begins: above 0 where it goes on
+        with what another brought a moment ago. Call broke_off() if it fails."""
+        partial, self.partial = self.partial, None
+        # Before a training begins its offer buffer is idle; one that trains is reading it.
+        idle = self.hand_over.offered if self.how is None else None
+        if (
+            partial is not None
+            and now < partial.until
+            and (partial.donor == donor or (partial.resumes and resumes))
+            and (partial.values is not self.hand_over.offered or idle is not None)
+        ):
+            self.taken = partial.values
+            return partial.fragments
+        self.taken = np.empty_like(self.replica.weights) if idle is None else idle
+        return 0
+
+    def broke_off(self, record: Initiation, *, resumes: bool, now: float) -> None:
+        """A pull came to nothing: what it brought is kept for the next donor."""
+        if record.applied:
+            self.partial = Partial(
+                values=self.taken,
+                fragments=record.applied,
+                donor=record.peer,
+                resumes=resumes,
+                until=now + PARTIAL_KEPT_S,
+            )
 
     async def fill(self) -> None:
         """w = what a pull has brought, now that it is whole."""

@@ -161,6 +161,7 @@ class Averaging:
                         exchange=self._exchange,
                         pull=decision.pull,
                         rest=decision.rest,
+                        resumes=decision.resumes,
                     )
                 )
             case GoAhead():

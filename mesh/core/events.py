@@ -224,6 +224,9 @@ class StartExchange:
     exchange: int
     pull: bool
     rest: bool = False
+    resumes: bool = False
+    """of a pull: it may go on where another donor's broke off. This donor has met the mesh; if the
+    last one had as well, the two hold nearly the same weights, and one model may come from both"""
 
 
 class Beginning(Enum):

@@ -69,6 +69,10 @@ class Initiation:
         """Fragments that the responder may have applied while we have not. Pulls leave none."""
         return range(self.applied, self.applied if self.pull else self.sent_once)
 
+    def goes_on_at(self, index: int) -> None:
+        """Of a pull: the fragments below came from another donor."""
+        self.applied = self.sent = self.sent_once = index
+
     def next_to_send(self) -> int | None:
         """The fragment that may go out now; None while the window is full or all are out."""
         if self.sent == self.fragments or self.sent >= self.applied + WINDOW:

@@ -36,8 +36,12 @@ SETBACKS_LIMIT = 6
 """A peer that refused or broke off is left alone this long, twice as long each time in a row, up to
 32 s; others are asked meanwhile."""
 
+DONORS_LIMIT = 3
+"""Donors that a newcomer asks in turn for its first weights."""
+
 PULL_ATTEMPTS = 5
-"""Donors that may fail a newcomer before it starts with its own weights after all."""
+"""Pulls that may fail a newcomer before it starts with its own weights after all; it takes the mesh's
+as soon as it can then. More than donors: a single one on a bad line is asked again."""
 
 
 class Relation(Enum):
@@ -69,6 +73,8 @@ class Start:
     peer: NodeId
     pull: bool
     rest: bool = False
+    resumes: bool = False
+    """a pull may go on where another donor's broke off (events.StartExchange)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +111,8 @@ class Schedule:
         self._cool: dict[NodeId, float] = {}
         self._setbacks: dict[NodeId, int] = {}
         self._failed_pulls = 0
+        self._asked: set[NodeId] = set()
+        """donors of the first weights that were asked so far"""
         self._posts = 0
         self._deadline = now
         self.info = info
@@ -182,16 +190,24 @@ class Schedule:
     def _first(self, now: float, partners: Sequence[Partner]) -> Start | GoAhead | None:
         """A run that has not begun looks for weights: rule 4."""
         donors = [p for p in partners if p[1].started]
-        if donors and self._failed_pulls < PULL_ATTEMPTS:
-            asked = [p for p in donors if p[0] not in self._cool]
+        able = [p for p in donors if len(self._asked) < DONORS_LIMIT or p[0] in self._asked]
+        if able and self._failed_pulls < PULL_ATTEMPTS:
+            asked = [p for p in able if p[0] not in self._cool]
             best = max((_rank(info) for _, info in asked), default=None)
-            best_donors = [node for node, info in asked if _rank(info) == best]
-            return Start(peer=self._rng.choice(best_donors), pull=True) if asked else None
+            best_donors = [p for p in asked if _rank(p[1]) == best]
+            fresh = [p for p in best_donors if p[0] not in self._asked]
+            return self._pull(fresh or best_donors) if asked else None
         if not partners:
             return self._go_at(self._alone_at, now, Beginning.ALONE)
         if not donors and self._me < min(node for node, _ in partners):
             return self._go_at(self._settled_at, now, Beginning.FIRST)
         return self._go_at(self._alone_at + FIRST_GRACE_S, now, Beginning.ALONE)
+
+    def _pull(self, donors: Sequence[Partner]) -> Start:
+        node, info = self._rng.choice(donors)
+        if not self.info.started:
+            self._asked.add(node)
+        return Start(peer=node, pull=True, resumes=info.exchanged)
 
     def _go_at(self, at: float, now: float, how: Beginning) -> GoAhead | None:
         if now >= at:
@@ -201,14 +217,14 @@ class Schedule:
 
     def _exchange(self, now: float, partners: Sequence[Partner]) -> Start | None:
         relations = [
-            (node, relation(self.info, self._me, info, node))
-            for node, info in partners
-            if info.started
+            (partner, relation(self.info, self._me, partner[1], partner[0]))
+            for partner in partners
+            if partner[1].started
         ]
-        takes = [node for node, what in relations if what is Relation.TAKE]
+        takes = [partner for partner, what in relations if what is Relation.TAKE]
         if takes:
-            return Start(peer=self._rng.choice(takes), pull=True)
-        peers = [node for node, what in relations if what is Relation.AVERAGE]
+            return self._pull(takes)
+        peers = [node for (node, _), what in relations if what is Relation.AVERAGE]
         halves = [node for node in peers if node in self.unfinished]
         if halves:
             return Start(peer=halves[0], pull=False)
