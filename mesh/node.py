@@ -37,6 +37,7 @@ from mesh.frames import send_frame
 from mesh.initiator import Initiator
 from mesh.links import Incompatible, Itself, Links, Peer, Twin, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
+from mesh.observer import Observer
 from mesh.replica import Replica
 from mesh.responder import Responder
 from mesh.runs import Run, RunSpec, RunStatistics, Tell, make_run, run_statistics
@@ -106,6 +107,7 @@ class Node:
             info_of=self._protocol.run_info,
             refused=self.count_refused,
         )
+        self.observer = Observer(self._protocol, self._initiator, self._runs, self._codecs, rng)
         self._nursery: trio.Nursery | None = None
         self._notes: deque[str] = deque(maxlen=NOTES_KEPT)
         self._started_at = 0.0

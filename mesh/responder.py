@@ -23,8 +23,10 @@ from mesh.core.messages import (
     OpenExchange,
     Refusal,
     RunInfo,
+    SchemaRequest,
 )
 from mesh.core.schedule import Relation, relation
+from mesh.core.schema import page_of
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
@@ -91,7 +93,7 @@ class Responder:
                     run, reply = self._open(stream.peer, message)
                     opened = (run, message) if run else None
                     refused = None if run else message.exchange
-                    if run and message.pull:
+                    if run and message.pull and message.weight > 0:  # an observer's is 0
                         await self._emit(ev.WeightsServed(run=run.name))
                     await send_frame(stream, reply)
                 case Fragment() if message.exchange == refused:
@@ -108,6 +110,10 @@ class Responder:
                     opened = None
                 case FinishExchange() if not length:
                     pass
+                case SchemaRequest() if not length:
+                    asked = self._runs.get(message.run)
+                    entries = asked.spec.entries if asked else ()
+                    await send_frame(stream, page_of(entries, message))
                 case Refusal():
                     return
                 case _:

@@ -294,6 +294,14 @@ ControlMessage = (
     | IdentityTaken
 )
 BulkMessage = (
-    OpenExchange | ExchangeOpened | ExchangeRefused | Fragment | Delta | FinishExchange | Refusal
+    OpenExchange
+    | ExchangeOpened
+    | ExchangeRefused
+    | Fragment
+    | Delta
+    | FinishExchange
+    | SchemaRequest
+    | SchemaPage
+    | Refusal
 )
 Message = Hello | OtherVersion | ControlMessage | BulkMessage
