@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
     from mesh.places import state_directory
     from mesh.process import run_node
+    from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulation import SimulationReport, simulate
     from mesh.training import JoinedNode, Statistics, join
@@ -60,6 +61,9 @@ _HOMES = {
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
+    "pull_model": "pulled",
+    "PulledModel": "pulled",
+    "PullProgress": "pulled",
     "simulate": "simulation",
     "SimulationReport": "simulation",
     "MeshError": "errors",
@@ -77,6 +81,8 @@ __all__ = [
     "NodeProcess",
     "NodeSettings",
     "PeersMissing",
+    "PullProgress",
+    "PulledModel",
     "RunningNode",
     "SimulationReport",
     "Statistics",
@@ -91,6 +97,7 @@ __all__ = [
     "load",
     "make_mesh_if_none",
     "parse_address",
+    "pull_model",
     "read_token",
     "rename",
     "run_node",

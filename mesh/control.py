@@ -22,6 +22,7 @@ import trio
 
 from mesh import report
 from mesh.codec import EXACT, check_codec
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
 from mesh.core.strategies import PAIR, check_strategy
@@ -88,6 +89,9 @@ class Control:
                 if request.get("op") == "attach":
                     await self._attach(lines, request)
                     return
+                if request.get("op") == "pull":
+                    await self._pull(lines, request)
+                    return
                 await lines.send(self._answer(request))
         except OSError:
             pass  # whoever asked went away
@@ -136,6 +140,27 @@ class Control:
     def _note_exit(self, run: str | None, script: str, pid: int, code: int | None) -> None:
         at_s = self._node.statistics().uptime_s
         self._exits.append(report.Exit(run=run, script=script, pid=pid, code=code, at_s=at_s))
+
+    async def _pull(self, lines: "_Lines", request: Request) -> None:
+        """`mesh pull`: until the model is there, or whoever asked goes away."""
+        async with trio.open_nursery() as nursery:
+
+            async def hear(event: Request, descriptor: int | None = None) -> None:
+                with contextlib.suppress(OSError):  # it went away: receive() below sees it too
+                    await lines.send(event, descriptor)
+
+            async def pull() -> None:
+                try:
+                    nodes = _whole(request, "peers", low=1)
+                    await self._node.observer.pull(str(request.get("run")), nodes, hear)
+                except (MeshError, MemoryError) as error:
+                    await hear(_error(error))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(pull)
+            with contextlib.suppress(OSError):
+                await lines.receive()
+            nursery.cancel_scope.cancel()
 
     # -------------------------------------------------------------------------------- trainings
 
@@ -324,6 +349,8 @@ def _spec(request: Request) -> RunSpec:
         exchanged=request.get("exchanged") is True,
         codec=codec,
         strategy=check_strategy(str(request.get("strategy", PAIR)), weight),
+        step=_whole({"step": 0, **request}, "step"),
+        clock=_real({"clock": 0.0, **request}, "clock", -CLOCK_LIMIT, CLOCK_LIMIT),
     )
 
 

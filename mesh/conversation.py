@@ -72,6 +72,7 @@ class Conversation:
                     end=record.end,
                     reach=record.reach,
                     turn=record.turn,
+                    clock=record.clock,
                 )
             )
             if record.end - record.first == 1:
@@ -148,7 +149,10 @@ class Conversation:
                         weight = message.weight
                         if not record.pull and weight + self._run.spec.weight <= 0:
                             raise RemoteProtocolError("two replicas of weight 0")
+                        self._run.clock_answered(record, message.clock, weight)
                     case Delta() if weight is not None and message.index < record.end:
+                        if record.pull and self._run.ended:
+                            raise StreamLost("the run ended here")
                         if length != self._run.replica.body_bytes(message.index, self._codec):
                             raise RemoteProtocolError(f"a delta of {length} bytes")
                         await self._reader.body(buffer[:length], timeout_s=STALL_S)

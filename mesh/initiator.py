@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final
 
-import numpy as np
 import trio
 
 from mesh.codec import EXACT
@@ -72,13 +71,15 @@ class Initiator:
         record = self._record(run, start)
         run.current = record
         if start.pull:
-            # Before a training begins its offer buffer is idle; one that trains is reading it.
-            idle = run.hand_over.offered if run.how is None else None
-            run.taken = np.empty_like(run.replica.weights) if idle is None else idle
+            record.goes_on_at(run.take_up(start.peer, resumes=start.resumes, now=began))
         try:
-            outcome, reason = await self._drive_until_broken_off(run, record, start.addresses)
+            outcome, reason = await self._drive_until_broken_off(
+                run, record, start.addresses, lambda: self._current_info(run)
+            )
             if outcome is ev.Outcome.COMPLETED:
                 await self._settle(run, record, start)
+            elif start.pull:
+                run.broke_off(record, resumes=start.resumes, now=trio.current_time())
         finally:
             run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)
@@ -106,6 +107,12 @@ class Initiator:
             await run.fill()
         elif not start.rest:
             await run.step_outer()
+
+    async def observe(
+        self, run: Run, record: Initiation, addresses: tuple[Address, ...], info: RunInfo
+    ) -> tuple[ev.Outcome, str]:
+        """A pull for a run that nobody trains here (observer.py); what it brings goes to run.taken."""
+        return await self._drive_until_broken_off(run, record, addresses, lambda: info)
 
     async def close(self) -> None:
         """Ends the idle connections."""
@@ -142,6 +149,7 @@ class Initiator:
             clip=start.clip,
             turn=start.turn,
             reach=run.reach(),
+            clock=run.clock.steps,
         )
 
     def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:
@@ -163,13 +171,17 @@ class Initiator:
                 run.counters.failed += 1
 
     async def _drive_until_broken_off(
-        self, run: Run, record: Initiation, addresses: tuple[Address, ...]
+        self,
+        run: Run,
+        record: Initiation,
+        addresses: tuple[Address, ...],
+        info_now: Callable[[], RunInfo | None],
     ) -> tuple[ev.Outcome, str]:
         scopes = self._scopes.setdefault(record.peer, [])
         with trio.CancelScope() as scope:
             scopes.append(scope)
             try:
-                return await self._drive(run, record, addresses)
+                return await self._drive(run, record, addresses, info_now)
             finally:
                 scopes.remove(scope)
                 if not scopes:
@@ -185,17 +197,21 @@ class Initiator:
         return ev.Outcome.INTERRUPTED if record.in_doubt else ev.Outcome.ABANDONED
 
     async def _drive(
-        self, run: Run, record: Initiation, addresses: tuple[Address, ...]
+        self,
+        run: Run,
+        record: Initiation,
+        addresses: tuple[Address, ...],
+        info_now: Callable[[], RunInfo | None],
     ) -> tuple[ev.Outcome, str]:
         """Connections, one after the other, until the exchange is over."""
         reason, attempts = "", 0
         while attempts < ATTEMPTS:
-            info = self._info_of(run.name)
-            if info is None or self._runs.get(run.name) is not run:
+            info = info_now()
+            if info is None:
                 return ev.Outcome.ABANDONED, "the run ended here"
             applied = record.applied
             try:
-                async with self._stream_to(record.peer, addresses) as (stream, reader):
+                async with self.stream_to(record.peer, addresses) as (stream, reader):
                     await Conversation(run, record, stream, reader).hold(info)
                 return ev.Outcome.COMPLETED, ""
             except Refused as refusal:
@@ -219,8 +235,12 @@ class Initiator:
                 await trio.sleep(RETRY_S * (attempts - 1))
         return self._broken(record), reason
 
+    def _current_info(self, run: Run) -> RunInfo | None:
+        """What this node says of a run now; None once it has ended."""
+        return self._info_of(run.name) if self._runs.get(run.name) is run else None
+
     @contextlib.asynccontextmanager
-    async def _stream_to(
+    async def stream_to(
         self, peer: NodeId, addresses: tuple[Address, ...]
     ) -> AsyncIterator[tuple[Stream, FrameReader]]:
         """A bulk connection for one conversation; kept for the next unless this one broke it."""

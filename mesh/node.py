@@ -38,6 +38,7 @@ from mesh.frames import send_frame
 from mesh.initiator import Initiator
 from mesh.links import Incompatible, Itself, Links, Peer, Twin, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
+from mesh.observer import Observer
 from mesh.replica import Replica
 from mesh.responder import Responder
 from mesh.runs import Run, RunSpec, RunStatistics, Tell, make_run, run_statistics
@@ -108,6 +109,7 @@ class Node:
             out_of_turn=self._protocol.out_of_turn,
             refused=self.count_refused,
         )
+        self.observer = Observer(self._protocol, self._initiator, self._runs, self._codecs, rng)
         self._nursery: trio.Nursery | None = None
         self._notes: deque[str] = deque(maxlen=NOTES_KEPT)
         self._started_at = 0.0
@@ -217,6 +219,7 @@ class Node:
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
         if self._runs.get(run.name) is run:
+            run.ended = True
             # The name is free again only when the loop is done with it: nothing that was decided
             # for this run may reach the next one.
             await self._send_and_wait(ev.RunDetached(run=run.name))
@@ -323,9 +326,8 @@ class Node:
         self.listening.set()
 
     def _candidate_found(self, candidate: Candidate) -> None:
-        self._offer_event(
-            ev.CandidateFound(addresses=candidate.addresses, source="mdns", hint=candidate.hint)
-        )
+        addresses, hint = candidate.addresses, candidate.hint
+        self._offer_event(ev.CandidateFound(addresses=addresses, source="mdns", hint=hint))
 
     def _offer_event(self, event: ev.Event) -> None:
         """For callers that cannot wait; what does not fit will be said again by its source."""

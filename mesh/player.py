@@ -36,6 +36,10 @@ class Player:
         self.x = x
         self.weight = weight
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.steps = 0
+        """of its own, as of the next post"""
+        self.clock = 0.0
+        """the mesh clock, as its node said it last"""
         self.began: str | None = None
         """how it got its first weights; stays through the deaths of its node"""
         self.begun: str | None = None
@@ -76,6 +80,8 @@ class Player:
             exchanged=self._met,
             codec=self._codec,
             strategy=self._strategy,
+            step=self.steps,
+            clock=self.clock,
         )
 
         def tell(event: dict[str, Any]) -> None:
@@ -96,13 +102,14 @@ class Player:
             return
         self.x += self.offered - self.posted
         self.posted[:] = self.x
-        await run.post(step=0, loss=None, samples=0)
+        await run.post(step=self.steps, loss=None, samples=0)
         if node is not None and self.node is node:  # else it died meanwhile
             await node.posted(run, waits=waits)
 
     def hear(self, event: dict[str, Any]) -> None:
         """What the node says."""
         self.events.append(event)
+        self.clock = event.get("clock", self.clock)
         match event["event"]:
             case "begun":
                 self.begun = event["how"]

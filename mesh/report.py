@@ -133,6 +133,7 @@ def _run(run: RunStatistics) -> dict[str, Any]:
         "strategy": run.spec.strategy,
         "began": run.how,
         "step": run.step,
+        "mesh_step": run.mesh_step,
         "loss": _number(run.loss),
         "samples": run.samples,
         "partners": run.partners,

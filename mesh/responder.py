@@ -24,9 +24,11 @@ from mesh.core.messages import (
     OpenExchange,
     Refusal,
     RunInfo,
+    SchemaRequest,
     Turn,
 )
 from mesh.core.schedule import Relation, relation
+from mesh.core.schema import page_of
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
@@ -96,7 +98,7 @@ class Responder:
                     run, reply = self._open(stream.peer, message)
                     opened = (run, message) if run else None
                     refused = None if run else message.exchange
-                    if run and message.pull:
+                    if run and message.pull and message.weight > 0:  # an observer's is 0
                         await self._emit(ev.WeightsServed(run=run.name))
                     await send_frame(stream, reply)
                 case Fragment() if message.exchange == refused:
@@ -113,6 +115,10 @@ class Responder:
                     opened = None
                 case FinishExchange() if not length:
                     pass
+                case SchemaRequest() if not length:
+                    asked = self._runs.get(message.run)
+                    entries = asked.spec.entries if asked else ()
+                    await send_frame(stream, page_of(entries, message))
                 case Refusal():
                     return
                 case _:
@@ -131,12 +137,29 @@ class Responder:
             )
         if reason is None:
             run = self._runs[message.run]
-            return run, ExchangeOpened(exchange=message.exchange, weight=run.spec.weight)
+            return run, ExchangeOpened(
+                exchange=message.exchange,
+                weight=run.spec.weight,
+                clock=self._clock(peer, run, message),
+            )
         return None, ExchangeRefused(
             exchange=message.exchange,
             reason=reason,
             unknown=message.start > message.first,
             position=position,
+        )
+
+    @staticmethod
+    def _clock(peer: NodeId, run: Run, opening: OpenExchange) -> float:
+        """What to say of the mesh clock; it moves when an exchange is opened first."""
+        if opening.pull:
+            return run.clock.steps
+        return run.responses.clock(
+            peer,
+            opening.exchange,
+            lambda: run.clock.answer(
+                opening.clock, opening.weight, run.spec.weight, halved=run.clock_crosses()
+            ),
         )
 
     def _objection(self, peer: NodeId, message: OpenExchange) -> str | None:

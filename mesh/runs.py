@@ -16,6 +16,7 @@ import trio
 
 from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
+from mesh.core.clock import MeshClock
 from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.guard import Guard
@@ -31,6 +32,10 @@ CLIP_RECENT: Final = 2 * CLIP_PEERS
 
 DISTANCES_KEPT: Final = 8
 """Pair distances that the drift is read from: the last few, or it would lag behind the training."""
+
+PARTIAL_KEPT_S: Final = 60.0
+"""For the next donor to be asked; after that the mesh has gone on too far for half a model of then
+and half of now."""
 
 Tell = Callable[[dict[str, Any]], None]
 """Puts one event into the training's queue; never waits."""
@@ -52,6 +57,10 @@ class RunSpec:
     codec: str = EXACT
     """of the exchanges that this node begins"""
     strategy: str = PAIR
+    step: int = 0
+    """steps that the training made before it attached: they are in `clock` already"""
+    clock: float = 0.0
+    """its part of the mesh clock, of a training that attaches again or was resumed"""
 
     @property
     def schema(self) -> str:
@@ -81,6 +90,18 @@ class KeptReply:
     halved: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """What a pull brought before its donor was lost: the fragments below `fragments` of `values`."""
+
+    values: Floats
+    fragments: int
+    donor: NodeId
+    resumes: bool
+    """another donor may bring the rest (events.StartExchange)"""
+    until: float
+
+
 @dataclass(slots=True)
 class Run:
     """See the module's docstring."""
@@ -98,8 +119,13 @@ class Run:
     current: Initiation | None = None
     taken: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """what a pull has brought so far: a donor that dies in the middle must not leave half a model"""
+    partial: Partial | None = None
+    """between two pulls: what the first one brought, for the next donor to complete"""
+    ended: bool = False
+    """the training is gone: nobody waits for what a pull would bring"""
     unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    clock: MeshClock = field(default_factory=MeshClock)
     distances: deque[float] = field(default_factory=lambda: deque(maxlen=DISTANCES_KEPT))
     step: int = 0
     loss: float | None = None
@@ -130,11 +156,41 @@ class Run:
         """w = the training's own first weights. Raises NotFinite."""
         await self._each_fragment(self.hand_over.begin)
 
+    def take_up(self, donor: NodeId, *, resumes: bool, now: float) -> int:
+        """Makes room for a pull; returns the fragment at which it begins: above 0 where it goes on
+        with what another brought a moment ago. Call broke_off() if it fails."""
+        partial, self.partial = self.partial, None
+        # Before a training begins its offer buffer is idle; one that trains is reading it.
+        idle = self.hand_over.offered if self.how is None else None
+        if (
+            partial is not None
+            and now < partial.until
+            and (partial.donor == donor or (partial.resumes and resumes))
+            and (partial.values is not self.hand_over.offered or idle is not None)
+        ):
+            self.taken = partial.values
+            return partial.fragments
+        self.taken = np.empty_like(self.replica.weights) if idle is None else idle
+        return 0
+
+    def broke_off(self, record: Initiation, *, resumes: bool, now: float) -> None:
+        """A pull came to nothing: what it brought is kept for the next donor."""
+        if record.applied:
+            self.partial = Partial(
+                values=self.taken,
+                fragments=record.applied,
+                donor=record.peer,
+                resumes=resumes,
+                until=now + PARTIAL_KEPT_S,
+            )
+
     async def fill(self) -> None:
         """w = what a pull has brought, now that it is whole."""
         async with self.turn:
             await self._each_fragment(lambda index: self.replica.fill(index, self.taken))
             await self._begin_outer()
+            if self.current is not None and self.current.clock_answer is not None:
+                self.clock.take(self.current.clock_answer)
 
     async def mix_clipped(self) -> float:
         """w goes a quarter of the way to what a pull has brought, or less: as far as if it were no
@@ -157,6 +213,8 @@ class Run:
                 await self._each_fragment(
                     lambda index: self.replica.approach(index, self.taken, part)
                 )
+                if self.current is not None and self.current.clock_answer is not None:
+                    self.clock.add(part * (self.current.clock_answer - self.clock.steps))
         return square
 
     async def step_outer(self) -> None:
@@ -181,6 +239,7 @@ class Run:
         async with self.turn:
             if self.ours:
                 raise LocalProtocolError("posted without an offer in hand")
+            self.clock.add(max(0, step - self.step))
             self.step, self.loss, self.samples = step, loss, samples
             whole = await self._each_fragment(self.hand_over.merge)
             if not self.partners():
@@ -211,7 +270,8 @@ class Run:
             await self._each_fragment(self.hand_over.offer)
             if meets == self.meets:
                 self.ours = False
-                self.tell({**event, "meets": meets, "peers": self.partners()})
+                news = {"meets": meets, "peers": self.partners(), "clock": self.clock.steps}
+                self.tell({**event, **news})
 
     async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
         """Does `step` to one fragment after the other; False if any step said so.
@@ -234,6 +294,21 @@ class Run:
         """The longest delta that an exchange may bring now; see core/guard.py."""
         progress, norm = self.replica.square_progress(), self.replica.square_norm()
         return self.guard.reach(progress**0.5, norm**0.5)
+
+    def clock_crosses(self) -> bool:
+        """Whether our own part of the mesh clock is on its way to somebody: see crosses()."""
+        return any(not record.pull and record.clock_answer is None for record in self.initiated)
+
+    def clock_answered(self, record: Initiation, said: float, weight: float) -> None:
+        """A responder of weight p = `weight` opened our exchange, for the first time or again.
+
+        What it says again is what it said before. If not, it died and has moved its part once more.
+        """
+        if said == record.clock_answer:
+            return
+        record.clock_answer = said
+        if not record.pull:
+            self.clock.answered(record.clock, said, weight, self.spec.weight)
 
     def drift(self, replicas: int) -> float | None:
         """Consensus distance: RMS over replicas of the distance to their mean.
@@ -270,6 +345,8 @@ def make_run(
         buffers=buffers,
         partners=partners,
         outer=OuterMomentum(replica) if spec.strategy == OUTER else None,
+        step=spec.step,
+        clock=MeshClock(spec.clock),
     )
 
 
@@ -280,6 +357,7 @@ class RunStatistics:
     spec: RunSpec
     how: str | None
     step: int
+    mesh_step: int
     loss: float | None
     samples: int
     partners: int
@@ -296,6 +374,7 @@ def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
         spec=run.spec,
         how=run.how.value if run.how else None,
         step=run.step,
+        mesh_step=run.clock.shown,
         loss=run.loss,
         samples=run.samples,
         partners=partners,

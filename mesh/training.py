@@ -48,6 +48,8 @@ class Statistics:
     attached: bool
     """False: the node is gone and the training goes on alone"""
     step: int
+    mesh_step: int
+    """steps of the mesh: JoinedNode.mesh_step"""
     samples: int
     peers: int
     """peers that this run is averaged with now"""
@@ -176,6 +178,16 @@ class JoinedNode:
         session = self._attachment.session
         return session.peers if session is not None else 0
 
+    @property
+    def mesh_step(self) -> int:
+        """How far the mesh has come: the mean of its nodes' steps. Costs nothing to read.
+
+        What a learning-rate schedule is to go by: a node that joins late begins where the mesh is.
+        As of the last hand-over, plus this node's own steps since; so it may step back by a few where
+        the others are slower. Alone it counts on from where it was.
+        """
+        return max(0, int(self._attachment.clock.at(self._steps)))
+
     def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
         """Call after each optimizer step. Every H-th call hands over; none waits for the network.
 
@@ -192,7 +204,7 @@ class JoinedNode:
         if session is None:
             if place == 0:
                 self._tensors.check()
-                self._attachment.again()
+                self._attachment.again(self._steps)
             return
         with self._attachment.or_alone():
             if place == 0:
@@ -255,6 +267,7 @@ class JoinedNode:
         return Statistics(
             attached=bool(figures),
             step=self._steps,
+            mesh_step=self.mesh_step,
             samples=self._samples,
             peers=figures.get("partners", 0),
             exchanges=exchanges.get("completed", 0),

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import msgpack
 
 from mesh.core.address import Address
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
@@ -115,6 +116,12 @@ def _length(value: Any) -> float:
 
 def _optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
+
+
+def _clock(value: Any) -> float:
+    if type(value) is not float or not abs(value) <= CLOCK_LIMIT:  # NaN is not
+        raise _Invalid(f"a mesh clock of at most {CLOCK_LIMIT:g} steps")
+    return value
 
 
 def _node(value: Any) -> NodeId:
@@ -260,9 +267,13 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             end=_optional(_index),
             reach=_optional(_length),
             turn=_optional(_turn),
+            clock=_clock,
         ),
     ),
-    (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),
+    (
+        ExchangeOpened,
+        _record(ExchangeOpened, exchange=_counter, weight=_weight, clock=_clock),
+    ),
     (
         ExchangeRefused,
         _record(

@@ -134,6 +134,21 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
+def _pull_flags(parser: argparse.ArgumentParser) -> None:
+    _question_flags(parser)
+    parser.add_argument("--run", required=True, metavar="NAME", help="the training's name")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the safetensors file to write"
+    )
+    parser.add_argument(
+        "--peers",
+        type=int,
+        default=3,
+        metavar="COUNT",
+        help="the mean of so many nodes' models; this one's own counts (default 3)",
+    )
+
+
 def _sim_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument(
@@ -209,6 +224,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments.nodes, arguments.seconds, as_json=arguments.json)
 
 
+def _pull(arguments: argparse.Namespace) -> int:
+    node = mesh.find_node(arguments.state, arguments.node)
+    from nodes import pull
+
+    return pull.run(node, arguments.run, arguments.output, arguments.peers, as_json=arguments.json)
+
+
 def _sim(arguments: argparse.Namespace) -> int:
     from nodes import sim
 
@@ -253,6 +275,7 @@ COMMANDS = {
         _question_flags,
         _question("peers", text.peers),
     ),
+    "pull": Command("write the current model of a run to a file", _pull_flags, _pull),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
     "sim": Command("simulated meshes live under faults, each from one seed", _sim_flags, _sim),
 }

@@ -77,7 +77,7 @@ def _run(run: dict[str, Any]) -> list[str]:
         )
     )
     moved = f"sent {size(run['bytes_sent'])}  received {size(run['bytes_received'])}"
-    steps = f"step {run['step']:,}  loss {figure(run['loss'])}  {run['samples']:,} samples"
+    steps = f"step {run['step']:,} (mesh {run['mesh_step']:,})  loss {figure(run['loss'])}  {run['samples']:,} samples"
     return [
         f"run      {run['run']}  {steps}  training pid {run['pid']}",
         f"average  {done}; {run['partners']} partners; last {duration(run['last_exchange_s'])} ago",

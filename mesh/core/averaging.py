@@ -176,6 +176,7 @@ class Averaging:
                         part=decision.part,
                         clip=decision.clip,
                         turn=decision.turn,
+                        resumes=decision.resumes,
                     )
                 )
             case GoAhead():

@@ -243,6 +243,9 @@ class StartExchange:
     clip: bool = False
     """mix what was pulled, clipped, instead of taking it"""
     turn: Turn | None = None
+    resumes: bool = False
+    """of a pull: it may go on where another donor's broke off. This donor has met the mesh; if the
+    last one had as well, the two hold nearly the same weights, and one model may come from both"""
 
 
 class Beginning(Enum):

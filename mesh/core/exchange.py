@@ -70,6 +70,11 @@ class Initiation:
     def __post_init__(self) -> None:
         self.applied = self.sent = self.sent_once = self.first
 
+    clock: float = 0.0
+    """what the responder is told of the mesh clock, at every opening of this exchange"""
+    clock_answer: float | None = None
+    """what it said, once it did"""
+
     @property
     def done(self) -> bool:
         return self.applied == self.end
@@ -78,6 +83,10 @@ class Initiation:
     def in_doubt(self) -> range:
         """Fragments that the responder may have applied while we have not. Pulls leave none."""
         return range(self.applied, self.applied if self.pull else self.sent_once)
+
+    def goes_on_at(self, index: int) -> None:
+        """Of a pull: the fragments below came from another donor."""
+        self.applied = self.sent = self.sent_once = index
 
     def next_to_send(self) -> int | None:
         """The fragment that may go out now; None while the window is full or all are out."""
@@ -113,6 +122,8 @@ class _Record(Generic[Reply]):
     """square length of what was applied so far"""
     finished: bool = False
     kept: deque[tuple[int, Reply]] = field(default_factory=deque)
+    clock: float | None = None
+    """what the initiator was told of the mesh clock"""
 
 
 class Responses(Generic[Reply]):
@@ -202,6 +213,14 @@ class Responses(Generic[Reply]):
         record.applied += 1
         record.used += square
         record.kept.append((index, reply))
+
+    def clock(self, initiator: NodeId, exchange: int, move: Callable[[], float]) -> float:
+        """What `move` said of the mesh clock when this exchange was opened first; it is not asked
+        again at a resume."""
+        record = self._record(initiator, exchange)
+        if record.clock is None:
+            record.clock = move()
+        return record.clock
 
     def finish(self, initiator: NodeId, exchange: int) -> None:
         """The initiator has every delta; the record stays only to recognise old numbers."""

@@ -199,6 +199,8 @@ class OpenExchange:
     reach: float | None = None
     """the longest delta, as a norm, that the initiator lets this exchange apply; None: any"""
     turn: Turn | None = None
+    clock: float = 0.0
+    """the initiator's part of the mesh clock when it began this exchange; the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +209,8 @@ class ExchangeOpened:
 
     exchange: int
     weight: float
+    clock: float = 0.0
+    """the responder's part of the mesh clock (core/clock.py); the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +318,14 @@ ControlMessage = (
     | IdentityTaken
 )
 BulkMessage = (
-    OpenExchange | ExchangeOpened | ExchangeRefused | Fragment | Delta | FinishExchange | Refusal
+    OpenExchange
+    | ExchangeOpened
+    | ExchangeRefused
+    | Fragment
+    | Delta
+    | FinishExchange
+    | SchemaRequest
+    | SchemaPage
+    | Refusal
 )
 Message = Hello | OtherVersion | ControlMessage | BulkMessage

@@ -133,6 +133,14 @@ class MeshProtocol:
         row = self.peers.membership.others.get(node)
         return row.name if row else short(node)
 
+    def living(self) -> list[Member]:
+        """Rows of the members that live and that nobody suspects."""
+        return [m for m in self.peers.membership.others.values() if m.state is State.ALIVE]
+
+    def runs_known(self) -> set[str]:
+        """Names of the runs that somebody trains now, here or elsewhere."""
+        return {info.run for row in (*self.living(), self.own) for info in row.runs}
+
     def living_addresses(self, limit: int) -> list[Address]:
         """Up to `limit` addresses of living members."""
         rows = self.peers.membership.others.values()

@@ -41,9 +41,12 @@ NOT_YET_S = 0.02
 NOT_YET_LIMIT = 5
 """A peer that is at another place in its rounds is asked again so soon, then twice as late each time,
 up to 0.6 s: a slow training must not be asked fifty times a second."""
+DONORS_LIMIT = 3
+"""Donors that a newcomer asks in turn for its first weights."""
 
 PULL_ATTEMPTS = 5
-"""Donors that may fail a newcomer before it starts with its own weights after all."""
+"""Pulls that may fail a newcomer before it starts with its own weights after all; it takes the mesh's
+as soon as it can then. More than donors: a single one on a bad line is asked again."""
 
 
 class Relation(Enum):
@@ -102,6 +105,8 @@ class Schedule:
         self._cool: dict[NodeId, float] = {}
         self._setbacks: dict[NodeId, int] = {}
         self._failed_pulls = 0
+        self._asked: set[NodeId] = set()
+        """donors of the first weights that were asked so far"""
         self._posts = 0
         self._not_yet = 0
         self._plan = plan_of(info.strategy, me, rng)
@@ -203,16 +208,24 @@ class Schedule:
     def _first(self, now: float, partners: Sequence[Partner]) -> Start | GoAhead | None:
         """A run that has not begun looks for weights: rule 4."""
         donors = [p for p in partners if p[1].started]
-        if donors and self._failed_pulls < PULL_ATTEMPTS:
-            asked = [p for p in donors if p[0] not in self._cool]
+        able = [p for p in donors if len(self._asked) < DONORS_LIMIT or p[0] in self._asked]
+        if able and self._failed_pulls < PULL_ATTEMPTS:
+            asked = [p for p in able if p[0] not in self._cool]
             best = max((_rank(info) for _, info in asked), default=None)
-            best_donors = [node for node, info in asked if _rank(info) == best]
-            return Start(peer=self._rng.choice(best_donors), pull=True) if asked else None
+            best_donors = [p for p in asked if _rank(p[1]) == best]
+            fresh = [p for p in best_donors if p[0] not in self._asked]
+            return self._pull(fresh or best_donors) if asked else None
         if not partners:
             return self._go_at(self._alone_at, now, Beginning.ALONE)
         if not donors and self._me < min(node for node, _ in partners):
             return self._go_at(self._settled_at, now, Beginning.FIRST)
         return self._go_at(self._alone_at + FIRST_GRACE_S, now, Beginning.ALONE)
+
+    def _pull(self, donors: Sequence[Partner]) -> Start:
+        node, info = self._rng.choice(donors)
+        if not self.info.started:
+            self._asked.add(node)
+        return Start(peer=node, pull=True, resumes=info.exchanged)
 
     def _go_at(self, at: float, now: float, how: Beginning) -> GoAhead | None:
         if now >= at:
@@ -222,16 +235,18 @@ class Schedule:
 
     def _exchange(self, now: float, partners: Sequence[Partner]) -> Start | None:
         relations = [
-            (node, relation(self.info, self._me, info, node))
-            for node, info in partners
-            if info.started
+            (partner, relation(self.info, self._me, partner[1], partner[0]))
+            for partner in partners
+            if partner[1].started
         ]
         takes = [
-            node for node, what in relations if what is Relation.TAKE and node not in self._cool
+            partner
+            for partner, what in relations
+            if what is Relation.TAKE and partner[0] not in self._cool
         ]
         if takes:
-            return Start(peer=self._rng.choice(takes), pull=True)
-        peers = [node for node, what in relations if what is Relation.AVERAGE]
+            return self._pull(takes)
+        peers = [node for (node, _), what in relations if what is Relation.AVERAGE]
         self._plan.see(peers)
         peers = [node for node in peers if node not in self._cool]
         halves = [node for node in peers if node in self.unfinished]

@@ -74,6 +74,8 @@ class Start:
     """mix what was pulled, clipped, instead of taking it for one's own"""
     turn: Turn | None = None
     """exact: the place in its rounds"""
+    resumes: bool = False
+    """a pull may go on where another donor's broke off (events.StartExchange)"""
 
 
 class Plan(Protocol):
