@@ -12,11 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mesh.client import RunningNode, ask, find_node, running_nodes
+    from mesh.client import RunningNode, ask, find_node, question, running_nodes
     from mesh.errors import (
         IdentityError,
         MeshError,
         NodeNotRunning,
+        NodeRefused,
+        NodeTimeout,
         PeersMissing,
         UsageError,
     )
@@ -55,6 +57,7 @@ _HOMES = {
     "rename": "identity",
     "ask": "client",
     "find_node": "client",
+    "question": "client",
     "running_nodes": "client",
     "RunningNode": "client",
     "make_mesh_if_none": "launch",
@@ -69,6 +72,8 @@ _HOMES = {
     "MeshError": "errors",
     "UsageError": "errors",
     "NodeNotRunning": "errors",
+    "NodeRefused": "errors",
+    "NodeTimeout": "errors",
     "IdentityError": "errors",
     "PeersMissing": "errors",
 }
@@ -79,7 +84,9 @@ __all__ = [
     "MeshError",
     "NodeNotRunning",
     "NodeProcess",
+    "NodeRefused",
     "NodeSettings",
+    "NodeTimeout",
     "PeersMissing",
     "PullProgress",
     "PulledModel",
@@ -98,6 +105,7 @@ __all__ = [
     "make_mesh_if_none",
     "parse_address",
     "pull_model",
+    "question",
     "read_token",
     "rename",
     "run_node",

@@ -11,8 +11,10 @@ from typing import Final
 
 import trio
 
+from mesh.bench import BenchAnswerer
 from mesh.core import events as ev
 from mesh.core.exchange import share
+from mesh.core.for_people import BenchBlock
 from mesh.core.guard import room
 from mesh.core.messages import (
     Delta,
@@ -64,6 +66,7 @@ class Responder:
         self._info_of = info_of
         self._out_of_turn = out_of_turn
         self._refused = refused
+        self._bench = BenchAnswerer()
         self._answering: dict[NodeId, list[trio.CancelScope]] = {}
 
     async def answer(self, stream: Stream, reader: FrameReader) -> None:
@@ -108,6 +111,9 @@ class Responder:
                     if self._runs.get(opened[0].name) is not opened[0]:
                         raise StreamLost("the run ended here")
                     await self._answer_fragment(stream, reader, *opened, message, length)
+                case BenchBlock() if opened is None:
+                    await self._bench.answer(stream, reader, message, length)
+                    return
                 case FinishExchange() if opened and message.exchange == opened[1].exchange:
                     if not opened[1].pull:
                         opened[0].responses.finish(stream.peer, message.exchange)
@@ -171,6 +177,8 @@ class Responder:
             return "schema differs"
         if not info.started or run.how is None:
             return "no weights here yet"
+        if run.paused:
+            return "paused"
         if message.codec not in run.codecs:
             return f"no codec {message.codec} here"
         if message.strategy != info.strategy:

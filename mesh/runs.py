@@ -140,7 +140,12 @@ class Run:
     turn: trio.Lock = field(default_factory=trio.Lock)
     """held by whoever goes through all fragments"""
     meets: int = 0
+    every: int | None = None
+    """steps between hand-overs, where `mesh set every=` changed it"""
+    paused: bool = False
+    """`mesh pause`: nothing is begun and nothing answered"""
     exchanged_at: float | None = None
+    last_duration_s: float | None = None
     last_peer: NodeId | None = None
 
     @property
@@ -271,6 +276,8 @@ class Run:
             if meets == self.meets:
                 self.ours = False
                 news = {"meets": meets, "peers": self.partners(), "clock": self.clock.steps}
+                if self.every is not None:
+                    news["every"] = self.every
                 self.tell({**event, **news})
 
     async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
@@ -347,40 +354,4 @@ def make_run(
         outer=OuterMomentum(replica) if spec.strategy == OUTER else None,
         step=spec.step,
         clock=MeshClock(spec.clock),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStatistics:
-    """One run on this node."""
-
-    spec: RunSpec
-    how: str | None
-    step: int
-    mesh_step: int
-    loss: float | None
-    samples: int
-    partners: int
-    drift: float | None
-    norm: float
-    last_exchange_s: float | None
-    last_peer: NodeId | None
-    counters: Counters
-
-
-def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
-    """A frozen view of a run."""
-    return RunStatistics(
-        spec=run.spec,
-        how=run.how.value if run.how else None,
-        step=run.step,
-        mesh_step=run.clock.shown,
-        loss=run.loss,
-        samples=run.samples,
-        partners=partners,
-        drift=run.drift(partners + 1),
-        norm=run.replica.square_norm() ** 0.5,
-        last_exchange_s=None if run.exchanged_at is None else now - run.exchanged_at,
-        last_peer=run.last_peer,
-        counters=run.counters,
     )

@@ -14,6 +14,20 @@ from hypothesis import strategies as st
 
 from mesh import wire
 from mesh.core.address import Address
+from mesh.core.for_people import (
+    ARGUMENTS_LIMIT,
+    HOPS_LIMIT,
+    PAGES_LIMIT,
+    REPORTS_LIMIT,
+    Answer,
+    Argument,
+    BenchBlock,
+    BenchEcho,
+    Figures,
+    Question,
+    Report,
+    Reports,
+)
 from mesh.core.membership import INCARNATION_LIMIT
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
@@ -68,8 +82,13 @@ NUMBERS = {
     15: Versions,
     16: Wanted,
     17: IdentityTaken,
+    18: Reports,
+    19: Question,
+    20: Answer,
+    21: BenchBlock,
+    22: BenchEcho,
 }
-"""What each number on the wire has meant since protocol 1 (13 and above: 2). Append only, here as there."""
+"""What each number on the wire has meant since protocol 1 (13 and above: 2; 18 and above: 4). Append only, here as there."""
 
 KNOWN_FRAMES = [
     (Ping(sequence=7, table=8), "00000004 00000000 93 03 07 08"),
@@ -139,6 +158,26 @@ entries = st.builds(
     dtype=text(16),
 )
 turns = st.builds(Turn, view=text(16), position=counters, step=weights)
+rates = st.floats(0, 1e15)
+maybe_figures = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+reports = st.builds(
+    Report,
+    node=node_ids,
+    run=text(64),
+    serial=counters,
+    age_ms=counters,
+    figures=st.builds(
+        Figures,
+        step=counters,
+        loss=maybe_figures,
+        drift=maybe_figures,
+        samples_s=rates,
+        out_bytes_s=rates,
+        in_bytes_s=rates,
+        load=maybe_figures,
+    ),
+)
+ascii_pieces = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
 messages = st.one_of(
     st.builds(
         Hello,
@@ -195,6 +234,32 @@ messages = st.one_of(
     st.builds(Versions, versions=st.lists(versions, max_size=50).map(tuple)),
     st.builds(Wanted, versions=st.lists(versions, max_size=50).map(tuple)),
     st.builds(IdentityTaken, addresses=st.lists(addresses, max_size=3).map(tuple)),
+    st.builds(Reports, reports=st.lists(reports, max_size=REPORTS_LIMIT).map(tuple)),
+    st.builds(
+        Question,
+        asker=node_ids,
+        number=counters,
+        page=st.integers(0, PAGES_LIMIT),
+        attempt=indexes,
+        hops=st.integers(0, HOPS_LIMIT),
+        target=node_ids,
+        op=text(16),
+        arguments=st.lists(
+            st.builds(Argument, name=text(16), value=text(64)), max_size=ARGUMENTS_LIMIT
+        ).map(tuple),
+    ),
+    st.builds(
+        Answer,
+        asker=node_ids,
+        number=counters,
+        page=st.integers(0, PAGES_LIMIT),
+        attempt=indexes,
+        pages=st.integers(1, PAGES_LIMIT),
+        hops=st.integers(0, HOPS_LIMIT),
+        pieces=st.lists(ascii_pieces, max_size=4).map(tuple),
+    ),
+    st.builds(BenchBlock, sequence=counters, want=st.integers(0, wire.BODY_LIMIT_BYTES)),
+    st.builds(BenchEcho, sequence=counters),
 )
 
 

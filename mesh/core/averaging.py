@@ -52,6 +52,8 @@ class Averaging:
         self._publish = publish
         self._schemas = Schemas()
         self._runs: dict[str, Schedule] = {}
+        self._paused: set[str] = set()
+        """runs that begin nothing for now, because a person said so; they stay so when they end"""
         # Exchange numbers rise for ever: a restart begins above all that the last process used.
         self._exchange = membership.own.incarnation << 32
 
@@ -137,6 +139,21 @@ class Averaging:
         run.info = marked
         return self._publish(self._infos())
 
+    def pause(self, event: ev.PauseChanged, now: float) -> None:
+        """A paused run that has begun sees no partners, so its training waits for nobody."""
+        if event.paused:
+            if len(self._paused) >= RUNS_LIMIT:
+                self._paused &= self._runs.keys()
+            self._paused.add(event.run)
+        else:
+            self._paused.discard(event.run)
+        if event.run in self._runs:
+            self._runs[event.run].poke(now)
+
+    def paused(self, run: str) -> bool:
+        """Whether a person paused it."""
+        return run in self._paused
+
     def peers_changed(self, now: float) -> None:
         """Somebody came, went, or changed a run: every run decides again."""
         for run in self._runs.values():
@@ -160,7 +177,8 @@ class Averaging:
         return effects
 
     def _decide(self, name: str, run: Schedule, now: float) -> list[ev.Effect]:
-        decision = run.decide(now, self._partners(run))
+        paused = name in self._paused and run.info.started
+        decision = run.decide(now, [] if paused else self._partners(run))
         effects: list[ev.Effect] = []
         match decision:
             case Start():
@@ -232,7 +250,8 @@ class Averaging:
         if more is not None:
             return self._send(node, more)
         reason = self._schemas.reason(node, page.run, theirs.schema)
-        return [ev.Note(text=f"{member.name} ({short(node)}) is incompatible: {reason}")]
+        text = f"{member.name} ({short(node)}) is incompatible: {reason}"
+        return [ev.Note(text=text, kind="incompatible", node=node, run=page.run)]
 
     def incompatible(self, member: Member) -> str:
         """Why no run of this node can be averaged with this member; empty where one can, or where

@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mesh.core.address import Address
-from mesh.core.messages import (
-    ControlMessage,
-    Hello,
-    NodeId,
-    SchemaEntry,
-    Turn,
-)
+from mesh.core.for_people import Argument, Figures
+from mesh.core.messages import ControlMessage, Hello, NodeId, SchemaEntry, Turn
 
 # ------------------------------------------------------------------------------------- events
 
@@ -117,6 +112,8 @@ class Posted:
 
     run: str
     waits: bool
+    figures: Figures | None = None
+    """how the run does, for the others"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +156,35 @@ class ExchangeEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A program of this machine asks another node; answer with Told, in time whatever happens."""
+
+    number: int
+    """drawn at random: who does not see the question cannot answer it"""
+    target: NodeId
+    op: str
+    arguments: tuple[Argument, ...]
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Performed:
+    """What this node answers to a Perform: a JSON object as ASCII."""
+
+    asker: NodeId
+    number: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseChanged:
+    """A run of this node begins no exchanges for now, or begins them again."""
+
+    run: str
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leaving:
     """This node stops on purpose: tell the others, so that nobody looks for it."""
 
@@ -178,6 +204,9 @@ Event = (
     | WeightsServed
     | ExchangeAnswered
     | ExchangeEnded
+    | Ask
+    | Performed
+    | PauseChanged
     | Leaving
 )
 
@@ -289,6 +318,30 @@ class Note:
     """Something that a person may want to know, in one line."""
 
     text: str
+    kind: str = "note"
+    """up, suspect, dead, left, incompatible, ...: for whoever filters events"""
+    node: NodeId | None = None
+    run: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perform:
+    """Another node asks this one: answer with Performed."""
+
+    asker: NodeId
+    number: int
+    op: str
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What came of an Ask: the text of the answer, or why there is none (`gone`, `timeout`)."""
+
+    number: int
+    text: str = ""
+    failure: str = ""
+    hops: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,5 +362,7 @@ Effect = (
     | Offer
     | StoreIncarnation
     | Note
+    | Perform
+    | Told
     | Stop
 )

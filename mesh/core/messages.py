@@ -1,4 +1,5 @@
-"""What nodes say to each other. Frozen values; mesh/wire.py turns them into bytes and back.
+"""What nodes say to each other. Frozen values; mesh/wire.py turns them into bytes and back. What they
+say only because a person may ask is in for_people.py, under the same rules.
 
 Rules: 1. numbers on the wire are positions in wire.MESSAGES: append, never reorder. 2. Fields are
 only ever appended to a message. 3. `protocol` and `name` stay the first fields of message 0 and
@@ -7,12 +8,12 @@ only ever appended to a message. 3. `protocol` and `name` stay the first fields 
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NewType
 
+from mesh.core import address
 from mesh.core.address import Address
+from mesh.core.for_people import Answer, BenchBlock, BenchEcho, Question, Reports
 
-NodeId = NewType("NodeId", str)
-"""base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
+NodeId = address.NodeId
 
 PROTOCOL = 4
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
@@ -316,6 +317,9 @@ ControlMessage = (
     | Versions
     | Wanted
     | IdentityTaken
+    | Reports
+    | Question
+    | Answer
 )
 BulkMessage = (
     OpenExchange
@@ -327,5 +331,7 @@ BulkMessage = (
     | SchemaRequest
     | SchemaPage
     | Refusal
+    | BenchBlock
+    | BenchEcho
 )
 Message = Hello | OtherVersion | ControlMessage | BulkMessage
