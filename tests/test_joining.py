@@ -16,6 +16,7 @@ from mesh.core.exchange import Initiation
 from mesh.core.messages import RunInfo
 from mesh.core.schedule import DONORS_LIMIT, Schedule, Start
 from mesh.net.simulated import Weather
+from mesh.player import Player
 from mesh.responder import Responder
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
@@ -308,3 +309,138 @@ def _pull_of(donor, fragments):
     record = Initiation(exchange=1, peer=donor, fragments=FRAGMENTS, pull=True, codec="f32")
     record.goes_on_at(fragments)
     return record
+
+
+# ------------------------------------------------------------------------- the mesh is not dragged
+
+WIDE, HIDDEN, STEPS = 8, 16, 100
+
+
+class Problem:
+    """Two classes that a line cannot part, for a net of one hidden layer, learned by plain SGD."""
+
+    def __init__(self, seed=1):
+        rng = np.random.default_rng(seed)
+        self.x = rng.normal(size=(2000, WIDE)).astype(np.float32)
+        self.y = (self.x[:, 0] * self.x[:, 1] + self.x[:, 2] > 0).astype(np.float32)
+        self.entries = WIDE * HIDDEN + 2 * HIDDEN + 1
+
+    def first_draw(self, seed):
+        return np.random.default_rng(seed).normal(0, 0.5, self.entries).astype(np.float32)
+
+    @staticmethod
+    def _parts(w):
+        """Of nets (n, entries): views."""
+        a, b = WIDE * HIDDEN, WIDE * HIDDEN + HIDDEN
+        first = w[:, :a].reshape(-1, WIDE, HIDDEN)
+        return first, w[:, None, a:b], w[:, b : b + HIDDEN, None], w[:, b + HIDDEN :]
+
+    def _forward(self, w, x):
+        first, bias, second, last = self._parts(w)
+        hidden = np.tanh(x @ first + bias)
+        return hidden, (hidden @ second)[..., 0] + last
+
+    def loss(self, w):
+        score = self._forward(w[None], self.x)[1]
+        return float(np.mean(np.logaddexp(0, score) - self.y * score))
+
+    def learn(self, w, rng, rate=0.1):
+        """What STEPS steps of 16 samples each add to the nets `w` (n, entries), each by itself."""
+        now = w.copy()
+        for batch in rng.integers(0, len(self.x), (STEPS, len(w), 16)):
+            x, grad = self.x[batch], np.empty_like(now)
+            hidden, score = self._forward(now, x)
+            error = ((1 / (1 + np.exp(-score)) - self.y[batch]) / 16)[..., None]
+            back = error * self._parts(now)[2].swapaxes(1, 2) * (1 - hidden**2)
+            parts = self._parts(grad)
+            parts[0][:], parts[1][:] = x.swapaxes(1, 2) @ back, back.sum(1, keepdims=True)
+            parts[2][:], parts[3][:] = hidden.swapaxes(1, 2) @ error, error.sum(1)
+            now -= rate * grad
+        return now - w
+
+
+class LearningMesh:
+    """Nodes that learn a Problem together, boundary by boundary."""
+
+    def __init__(self, mesh, seed):
+        self.mesh, self.problem = mesh, Problem()
+        self.rng = np.random.default_rng(seed)
+        self.players = []
+        self.losses = []
+        """of the mean of all replicas, after each boundary"""
+
+    async def boundaries(self, count):
+        for _ in range(count):
+            training = [player for player in self.players if player.begun]
+            learned = self.problem.learn(np.stack([p.x for p in training]), self.rng)
+            for player, progress in zip(training, learned, strict=True):
+                await hand_over(player, progress, steps=STEPS)
+            await trio.sleep(0.3)
+            begun = [p.weights.astype(np.float64) for p in self.players if p.begun]
+            self.losses.append(self.problem.loss(np.mean(begun, axis=0)))
+
+    async def grow_up(self, count=4, boundaries=50):
+        """Nodes 1..count, after 5000 steps each."""
+        for index in range(1, count + 1):
+            self.mesh.start(index)
+        for index in range(1, count + 1):
+            draw = self.problem.first_draw(7)
+            self.players.append(await self.mesh.attach(index, draw))
+        await met(*self.players)
+        await self.boundaries(boundaries)
+
+    def noise(self):
+        """(what the loss is now, how far it goes up and down by itself)."""
+        return np.mean(self.losses[-20:]), np.std(self.losses[-20:])
+
+    def rise(self, since, calm, noise):
+        """How many times its noise the loss went above what it was."""
+        return (max(self.losses[since:]) - calm) / noise
+
+
+def test_who_joins_at_step_5000_begins_where_the_mesh_is_and_its_loss_does_not_rise(monkeypatch):
+    monkeypatch.setattr(replica, "FRAGMENT_ENTRIES", 32)
+
+    async def joins(group, index, weather):
+        """One that joins; returns how many boundaries the others made before it had weights."""
+        calm, noise = group.noise()
+        group.mesh.start(index)
+        await until(lambda: len(group.mesh.states(index)) >= 4, 30)
+        group.mesh.network.weather = weather
+        group.mesh.network.lose_all()
+        joined, since = (
+            await group.mesh.attach(index, group.problem.first_draw(8)),
+            len(group.losses),
+        )
+        group.players.append(joined)
+        while not joined.begun:
+            assert joined.run.counters.answered == 0, "nobody averages with it before"
+            await group.boundaries(1)
+        waited = len(group.losses) - since
+        group.mesh.network.weather = Weather()
+        assert (joined.begun, joined.run.counters.pulled) == ("donor", 1)
+        assert joined.clock == pytest.approx(group.players[0].steps, abs=8 * STEPS)
+        assert group.problem.loss(joined.x) < calm + 8 * noise
+        await group.boundaries(15)
+        assert group.rise(since, calm, noise) < 4
+        return waited
+
+    async def main(rng):
+        async with memory_mesh(rng) as mesh:
+            group = LearningMesh(mesh, 11)
+            await group.grow_up()
+            assert group.noise()[0] < 0.5 * group.losses[0], "it has learned something"
+            assert await joins(group, 8, Weather()) == 1
+            # On a slow link the pull lasts for several boundaries, and its donor trains on.
+            assert await joins(group, 9, Weather(bytes_per_s=400)) >= 4
+            # The same figure, of one that averages what it drew by chance.
+            (calm, noise), since = group.noise(), len(group.losses)
+            drag = Player(group.problem.first_draw(8))
+            drag.began, drag._met = "alone", True
+            mesh.start(7)
+            await drag.attach(mesh.nodes[7])
+            group.players.append(drag)
+            await group.boundaries(5)
+            assert group.rise(since, calm, noise) > 8
+
+    run_seeded(main, 3)
