@@ -71,6 +71,7 @@ class Initiator:
         run.current = record
         if start.pull:
             record.goes_on_at(run.take_up(start.peer, resumes=start.resumes, now=began))
+        first = record.applied
         try:
             outcome, reason = await self._drive_until_broken_off(
                 run, record, start.addresses, lambda: self._current_info(run)
@@ -93,6 +94,7 @@ class Initiator:
                     duration_s=trio.current_time() - began,
                     square_distance=record.square_distance,
                     square_norm=run.replica.square_norm(),
+                    brought=record.applied - first,
                 )
             )
 

@@ -165,6 +165,11 @@ async def applied(player, fragments):
     return int(str(player.run.current.peer)[4:6])
 
 
+def giver(player):
+    """Whom it pulls from now."""
+    return player.run.current and player.run.current.peer
+
+
 @pytest.mark.parametrize("at", [1, 7, 13, FRAGMENTS - 1])
 def test_a_pull_goes_on_with_another_donor_at_the_fragment_where_the_first_one_died(
     at, small_fragments, monkeypatch
@@ -268,6 +273,49 @@ def test_of_more_than_three_donors_the_newcomer_asks_three_and_does_not_wait_for
     assert schedule.decide(0.0, donors) is None
     assert 0.0 < schedule.next_deadline() < 10.0
     assert schedule.decide(schedule.next_deadline(), donors) is not None
+
+
+def test_donors_that_die_one_after_the_other_are_followed_by_more_as_long_as_something_comes(
+    small_fragments, monkeypatch
+):
+    async def main(rng):
+        pulls = counting_pulls(monkeypatch)
+        async with memory_mesh(rng, 5) as mesh:
+            _, late = await donors_and_a_newcomer(mesh, 5)
+            for at in (2, 6, 10, 14):
+                lost = await applied(late, at)
+                mesh.network.crash(node_id(lost))
+                mesh.crash(lost)
+                await until(lambda: giver(late) != node_id(lost), 60)  # noqa: B023
+            await until(lambda: late.begun, 60)
+            assert late.begun == "donor"
+            assert np.array_equal(late.x, LARGE + 1)
+            starts = [start for _, start in pulls]
+            assert starts == sorted(starts)
+            assert starts[0] == 0
+            assert min(starts[1:]) >= 2
+            assert len({donor for donor, _ in pulls}) == 5 > DONORS_LIMIT
+
+    run_seeded(main, 7)
+
+
+def test_when_the_last_donor_dies_in_the_middle_the_newcomer_begins_with_its_own_weights_whole(
+    small_fragments,
+):
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            _, late = await donors_and_a_newcomer(mesh, 2)
+            for at in (3, 9):
+                lost = await applied(late, at)
+                mesh.network.crash(node_id(lost))
+                mesh.crash(lost)
+            await until(lambda: late.begun, 60)
+            assert late.begun == "alone"
+            assert np.array_equal(late.x, LARGE - np.float32(1e6))
+            assert np.array_equal(late.weights, late.x)
+            assert late.clock == 0
+
+    run_seeded(main, 8)
 
 
 def test_a_newcomer_that_gives_up_in_the_middle_stops_its_donor_from_sending(

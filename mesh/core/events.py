@@ -143,6 +143,8 @@ class ExchangeEnded:
     duration_s: float
     square_distance: float
     square_norm: float
+    brought: int = 0
+    """fragments that a pull brought, whatever its outcome"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
