@@ -72,6 +72,7 @@ class Initiator:
         run.current = record
         if start.pull:
             record.goes_on_at(run.take_up(start.peer, resumes=start.resumes, now=began))
+        first = record.applied
         try:
             outcome, reason = await self._drive_until_broken_off(
                 run, record, start.addresses, lambda: self._current_info(run)
@@ -96,6 +97,7 @@ class Initiator:
                     square_norm=run.replica.square_norm(),
                     clip=record.clip,
                     ahead=record.ahead,
+                    brought=record.applied - first,
                 )
             )
 

@@ -19,6 +19,7 @@ def run(node: mesh.RunningNode, name: str, output: str, peers: int, *, as_json: 
             said = f"{name}: node {which} of {now.wanted}: {now.source or 'looking'}"
             draw(said, now.received_bytes, now.expected_bytes)
 
+        draw(f"{name}: asking who has it", 0, 0)
         model = mesh.pull_model(node, name, peers, progress)
     size = model.save(path)
     if as_json:

@@ -16,7 +16,9 @@ from mesh.core.exchange import Initiation
 from mesh.core.messages import RunInfo
 from mesh.core.schedule import DONORS_LIMIT, Schedule, Start
 from mesh.net.simulated import Weather
+from mesh.player import Player
 from mesh.responder import Responder
+from mesh.session import StepClock
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 SMALL_FRAGMENT = 64
@@ -85,6 +87,17 @@ def test_a_clock_never_leaves_what_a_frame_can_carry_and_is_never_shown_below_ze
     assert (clock.steps, clock.shown) == (-5.0, 0)
 
 
+def test_the_training_reads_the_clock_with_its_own_steps_since_each_counted_once():
+    clock = StepClock()
+    assert clock.at(3) == 3
+    clock.steps = 5000.5  # begun with a donor's
+    assert clock.at(3) == 5003.5
+    clock.posted(8)
+    assert clock.at(8) == 5008.5, "a post changes nothing of what is read"
+    clock.steps = 5004.0  # the next offer holds the post's steps
+    assert clock.at(10) == 5006.0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_clock_counts_every_step_once_whatever_connections_are_lost(seed, small_fragments):
     async def main(rng):
@@ -150,6 +163,11 @@ async def applied(player, fragments):
     """The newcomer has so many fragments of a pull that is under way."""
     await until(lambda: player.run.current and player.run.current.applied >= fragments, 60)
     return int(str(player.run.current.peer)[4:6])
+
+
+def giver(player):
+    """Whom it pulls from now."""
+    return player.run.current and player.run.current.peer
 
 
 @pytest.mark.parametrize("at", [1, 7, 13, FRAGMENTS - 1])
@@ -257,6 +275,49 @@ def test_of_more_than_three_donors_the_newcomer_asks_three_and_does_not_wait_for
     assert schedule.decide(schedule.next_deadline(), donors) is not None
 
 
+def test_donors_that_die_one_after_the_other_are_followed_by_more_as_long_as_something_comes(
+    small_fragments, monkeypatch
+):
+    async def main(rng):
+        pulls = counting_pulls(monkeypatch)
+        async with memory_mesh(rng, 5) as mesh:
+            _, late = await donors_and_a_newcomer(mesh, 5)
+            for at in (2, 6, 10, 14):
+                lost = await applied(late, at)
+                mesh.network.crash(node_id(lost))
+                mesh.crash(lost)
+                await until(lambda: giver(late) != node_id(lost), 60)  # noqa: B023
+            await until(lambda: late.begun, 60)
+            assert late.begun == "donor"
+            assert np.array_equal(late.x, LARGE + 1)
+            starts = [start for _, start in pulls]
+            assert starts == sorted(starts)
+            assert starts[0] == 0
+            assert min(starts[1:]) >= 2
+            assert len({donor for donor, _ in pulls}) == 5 > DONORS_LIMIT
+
+    run_seeded(main, 7)
+
+
+def test_when_the_last_donor_dies_in_the_middle_the_newcomer_begins_with_its_own_weights_whole(
+    small_fragments,
+):
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            _, late = await donors_and_a_newcomer(mesh, 2)
+            for at in (3, 9):
+                lost = await applied(late, at)
+                mesh.network.crash(node_id(lost))
+                mesh.crash(lost)
+            await until(lambda: late.begun, 60)
+            assert late.begun == "alone"
+            assert np.array_equal(late.x, LARGE - np.float32(1e6))
+            assert np.array_equal(late.weights, late.x)
+            assert late.clock == 0
+
+    run_seeded(main, 8)
+
+
 def test_a_newcomer_that_gives_up_in_the_middle_stops_its_donor_from_sending(
     small_fragments, monkeypatch
 ):
@@ -308,3 +369,138 @@ def _pull_of(donor, fragments):
     record = Initiation(exchange=1, peer=donor, end=FRAGMENTS, pull=True, codec="f32")
     record.goes_on_at(fragments)
     return record
+
+
+# ------------------------------------------------------------------------- the mesh is not dragged
+
+WIDE, HIDDEN, STEPS = 8, 16, 100
+
+
+class Problem:
+    """Two classes that a line cannot part, for a net of one hidden layer, learned by plain SGD."""
+
+    def __init__(self, seed=1):
+        rng = np.random.default_rng(seed)
+        self.x = rng.normal(size=(2000, WIDE)).astype(np.float32)
+        self.y = (self.x[:, 0] * self.x[:, 1] + self.x[:, 2] > 0).astype(np.float32)
+        self.entries = WIDE * HIDDEN + 2 * HIDDEN + 1
+
+    def first_draw(self, seed):
+        return np.random.default_rng(seed).normal(0, 0.5, self.entries).astype(np.float32)
+
+    @staticmethod
+    def _parts(w):
+        """Of nets (n, entries): views."""
+        a, b = WIDE * HIDDEN, WIDE * HIDDEN + HIDDEN
+        first = w[:, :a].reshape(-1, WIDE, HIDDEN)
+        return first, w[:, None, a:b], w[:, b : b + HIDDEN, None], w[:, b + HIDDEN :]
+
+    def _forward(self, w, x):
+        first, bias, second, last = self._parts(w)
+        hidden = np.tanh(x @ first + bias)
+        return hidden, (hidden @ second)[..., 0] + last
+
+    def loss(self, w):
+        score = self._forward(w[None], self.x)[1]
+        return float(np.mean(np.logaddexp(0, score) - self.y * score))
+
+    def learn(self, w, rng, rate=0.1):
+        """What STEPS steps of 16 samples each add to the nets `w` (n, entries), each by itself."""
+        now = w.copy()
+        for batch in rng.integers(0, len(self.x), (STEPS, len(w), 16)):
+            x, grad = self.x[batch], np.empty_like(now)
+            hidden, score = self._forward(now, x)
+            error = ((1 / (1 + np.exp(-score)) - self.y[batch]) / 16)[..., None]
+            back = error * self._parts(now)[2].swapaxes(1, 2) * (1 - hidden**2)
+            parts = self._parts(grad)
+            parts[0][:], parts[1][:] = x.swapaxes(1, 2) @ back, back.sum(1, keepdims=True)
+            parts[2][:], parts[3][:] = hidden.swapaxes(1, 2) @ error, error.sum(1)
+            now -= rate * grad
+        return now - w
+
+
+class LearningMesh:
+    """Nodes that learn a Problem together, boundary by boundary."""
+
+    def __init__(self, mesh, seed):
+        self.mesh, self.problem = mesh, Problem()
+        self.rng = np.random.default_rng(seed)
+        self.players = []
+        self.losses = []
+        """of the mean of all replicas, after each boundary"""
+
+    async def boundaries(self, count):
+        for _ in range(count):
+            training = [player for player in self.players if player.begun]
+            learned = self.problem.learn(np.stack([p.x for p in training]), self.rng)
+            for player, progress in zip(training, learned, strict=True):
+                await hand_over(player, progress, steps=STEPS)
+            await trio.sleep(0.3)
+            begun = [p.weights.astype(np.float64) for p in self.players if p.begun]
+            self.losses.append(self.problem.loss(np.mean(begun, axis=0)))
+
+    async def grow_up(self, count=4, boundaries=50):
+        """Nodes 1..count, after 5000 steps each."""
+        for index in range(1, count + 1):
+            self.mesh.start(index)
+        for index in range(1, count + 1):
+            draw = self.problem.first_draw(7)
+            self.players.append(await self.mesh.attach(index, draw))
+        await met(*self.players)
+        await self.boundaries(boundaries)
+
+    def noise(self):
+        """(what the loss is now, how far it goes up and down by itself)."""
+        return np.mean(self.losses[-20:]), np.std(self.losses[-20:])
+
+    def rise(self, since, calm, noise):
+        """How many times its noise the loss went above what it was."""
+        return (max(self.losses[since:]) - calm) / noise
+
+
+def test_who_joins_at_step_5000_begins_where_the_mesh_is_and_its_loss_does_not_rise(monkeypatch):
+    monkeypatch.setattr(replica, "FRAGMENT_ENTRIES", 32)
+
+    async def joins(group, index, weather):
+        """One that joins; returns how many boundaries the others made before it had weights."""
+        calm, noise = group.noise()
+        group.mesh.start(index)
+        await until(lambda: len(group.mesh.states(index)) >= 4, 30)
+        group.mesh.network.weather = weather
+        group.mesh.network.lose_all()
+        joined, since = (
+            await group.mesh.attach(index, group.problem.first_draw(8)),
+            len(group.losses),
+        )
+        group.players.append(joined)
+        while not joined.begun:
+            assert joined.run.counters.answered == 0, "nobody averages with it before"
+            await group.boundaries(1)
+        waited = len(group.losses) - since
+        group.mesh.network.weather = Weather()
+        assert (joined.begun, joined.run.counters.pulled) == ("donor", 1)
+        assert joined.clock == pytest.approx(group.players[0].steps, abs=8 * STEPS)
+        assert group.problem.loss(joined.x) < calm + 8 * noise
+        await group.boundaries(15)
+        assert group.rise(since, calm, noise) < 1
+        return waited
+
+    async def main(rng):
+        async with memory_mesh(rng) as mesh:
+            group = LearningMesh(mesh, 11)
+            await group.grow_up()
+            assert group.noise()[0] < 0.5 * group.losses[0], "it has learned something"
+            assert await joins(group, 8, Weather()) == 1
+            # On a slow link the pull lasts for several boundaries, and its donor trains on.
+            assert await joins(group, 9, Weather(bytes_per_s=400)) >= 4
+            # The same figure, of one that averages what it drew by chance.
+            (calm, noise), since = group.noise(), len(group.losses)
+            drag = Player(group.problem.first_draw(8))
+            drag.began, drag._met = "alone", True
+            mesh.start(7)
+            await drag.attach(mesh.nodes[7])
+            group.players.append(drag)
+            await group.boundaries(5)
+            assert group.rise(since, calm, noise) > 8
+
+    run_seeded(main, 3)

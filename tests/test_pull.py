@@ -2,6 +2,8 @@
 
 import os
 import resource
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,9 @@ from mesh.pulled import PulledModel
 from mesh.responder import Responder
 from mesh.runs import RunSpec
 from mesh.shared import HandOverMemory
+from nodes.cli import main
+from tests.helpers import Host, NumpyTraining, parsed
+from tests.helpers import until as until_real
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 FRAGMENT = 64
@@ -347,3 +352,67 @@ def test_a_full_disk_or_ctrl_c_leaves_the_file_that_was_there_and_nothing_else(
 
 def interrupted(values, dtype):
     raise KeyboardInterrupt
+
+
+# --------------------------------------------------------------------------------- real processes
+
+
+@pytest.fixture
+def host():
+    host = Host()
+    yield host
+    host.close()
+
+
+def test_a_machine_that_trains_nothing_writes_the_model_of_one_that_does(host, capsys):
+    giver, asker = host.up_together("giver", "asker")
+    values = np.arange(300_000, dtype=np.float32)
+    training = NumpyTraining(giver, values, exchanged=False)
+    training.memory.posted[:] = training.memory.offered
+    training.link.send(op="post", step=5000, loss=None, samples=0)
+    until_real(lambda: giver.status()["runs"][0]["mesh_step"] == 5000, "the steps are counted")
+    path, pull = host.root / "m.safetensors", ("pull", "--state", asker.state, "--run")
+
+    told = parsed(host.mesh(*pull, "digits", "-o", path, "--json"))
+    assert told["schema"] == "mesh.pull/1"
+    assert (told["averaged"], told["mesh_step"], told["sources"]) == (1, 5000, ["giver"])
+    assert told["bytes"] == path.stat().st_size
+    assert np.array_equal(safetensors.numpy.load_file(path)["weight"], values)
+
+    for arguments, code, hint in (
+        (("digit", "-o", path), 2, "there are: digits"),
+        (("digits", "-o", host.root / "nowhere" / "m"), 2, "-o"),
+        (("digits", "-o", host.root), 2, "-o"),
+        (("digits", "-o", path, "--peers", "0"), 2, "peers"),
+    ):
+        assert main([*map(str, (*pull, *arguments))]) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[-1].startswith("mesh: ")
+        assert hint in err
+
+    own = host.mesh("pull", "--state", giver.state, "--run", "digits", "-o", path)
+    assert own.returncode == 0, own.stderr
+    assert "1 tensors, 1.2 MB, the mean of 1 node (this node) at mesh step 5,000" in own.stdout
+    assert "node 1 of 1" in own.stderr
+    assert "step 5,000 (mesh 5,000)" in host.mesh("status", "--state", giver.state).stdout
+
+    path.unlink()
+    os.kill(giver.pid, signal.SIGSTOP)
+    process = subprocess.Popen(
+        host.command(*pull, "digits", "-o", path),
+        env=host.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr.readline().startswith("digits: ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        os.kill(giver.pid, signal.SIGCONT)
+    assert not list(host.root.glob("*m.safetensors*"))
+    training.close()

@@ -153,6 +153,8 @@ class ExchangeEnded:
     clip: bool = False
     ahead: int | None = None
     """refused out of turn: the peer's place in the rounds"""
+    brought: int = 0
+    """fragments that a pull brought, whatever its outcome"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

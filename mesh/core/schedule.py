@@ -42,11 +42,11 @@ NOT_YET_LIMIT = 5
 """A peer that is at another place in its rounds is asked again so soon, then twice as late each time,
 up to 0.6 s: a slow training must not be asked fifty times a second."""
 DONORS_LIMIT = 3
-"""Donors that a newcomer asks in turn for its first weights."""
+"""Donors that may bring a newcomer nothing of its first weights before it asks no others."""
 
 PULL_ATTEMPTS = 5
-"""Pulls that may fail a newcomer before it starts with its own weights after all; it takes the mesh's
-as soon as it can then. More than donors: a single one on a bad line is asked again."""
+"""Pulls that may bring a newcomer nothing before it starts with its own weights after all; it takes the
+mesh's as soon as it can then. More than donors: a single one on a bad line is asked again."""
 
 
 class Relation(Enum):
@@ -106,7 +106,7 @@ class Schedule:
         self._setbacks: dict[NodeId, int] = {}
         self._failed_pulls = 0
         self._asked: set[NodeId] = set()
-        """donors of the first weights that were asked so far"""
+        """for first weights; whoever brought something, and was lost, is taken off again"""
         self._posts = 0
         self._not_yet = 0
         self._plan = plan_of(info.strategy, me, rng)
@@ -162,7 +162,10 @@ class Schedule:
             setbacks = self._setbacks.get(event.peer, 0)
             self._setbacks[event.peer] = min(setbacks + 1, SETBACKS_LIMIT)
             self._cool[event.peer] = now + COOL_OFF_S * 2**setbacks
-            self._failed_pulls += event.pull
+            if event.pull and event.brought:
+                self._asked.discard(event.peer)  # the next goes on from there: it was no failure
+            else:
+                self._failed_pulls += event.pull
             if event.outcome is Outcome.INTERRUPTED:
                 self.unfinished.add(event.peer)
 
