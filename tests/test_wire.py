@@ -189,6 +189,7 @@ messages = st.one_of(
         member=members,
         instance=counters,
         age_ms=counters,
+        offer=text(80),
     ),
     st.builds(Refusal, reason=text(500)),
     st.builds(Members, members=st.lists(members, max_size=4).map(tuple)),
