@@ -1,15 +1,17 @@
-"""A model's floating-point tensors as one flat float32 vector, in place. The other file with torch.
+"""A model's floating-point tensors as one flat float32 vector, in place.
 
 Rules: 1. The order is that of the state dict, tied weights once. 2. Nothing is replaced: optimizer,
 model and user keep their tensors. 3. For float16 and bfloat16 `posted` keeps what their rounding
 drops, so that averaging by less than one step of the type is not lost, and rounding is never taken
-for progress.
+for progress. 4. BatchNorm's variances lie in flat buffers as second moments (batchnorm.py), so that
+plain averages of them are right.
 """
 
 from typing import Any
 
 import torch
 
+from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.codec import Floats
 from mesh.errors import UsageError
 
@@ -43,11 +45,25 @@ class Tensors:
         for name, tensor in self._tensors.items():
             if again.get(name) is not tensor:
                 raise UsageError(f"{name} is made anew by state_dict(): it cannot be averaged")
+        held = {id(tensor) for tensor in self._tensors.values()}
+        self._statistics = [
+            layer
+            for layer in running_statistics(model)
+            if id(layer.mean) in held and id(layer.variance) in held
+        ]
+        self._in_statistics = {
+            id(tensor) for layer in self._statistics for tensor in (layer.mean, layer.variance)
+        }
         self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
         self.entries = sum(tensor.numel() for tensor in self._tensors.values())
         if not self.entries:
             raise UsageError("the model's tensors are all empty: nothing can be averaged")
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether a layer's running statistics are averaged."""
+        return bool(self._statistics)
 
     def schema(self) -> list[list[Any]]:
         """[name, shape, dtype] of each tensor."""
@@ -84,12 +100,17 @@ class Tensors:
         """flat = x."""
         for tensor, part in self._pairs(flat):
             part.copy_(tensor)
+        for layer, mean, second in self._moments(flat):
+            for part, value in zip((mean, second), layer.moments(), strict=True):
+                part.copy_(value)
 
     @torch.no_grad()
     def load(self, flat: Floats) -> None:
         """x = flat."""
         for tensor, part in self._pairs(flat):
             tensor.copy_(part)
+        for layer, mean, second in self._moments(flat):
+            layer.write(mean, second)
 
     @torch.no_grad()
     def collect(self, posted: Floats) -> None:
@@ -99,6 +120,9 @@ class Tensors:
                 part.copy_(tensor)
             else:
                 part.add_(_progress(tensor, part))
+        for layer, mean, second in self._moments(posted):
+            for part, value in zip((mean, second), layer.progress(mean, second), strict=True):
+                part.copy_(value.add_(part))
 
     @torch.no_grad()
     def merge(self, posted: Floats, offered: Floats) -> None:
@@ -121,25 +145,50 @@ class Tensors:
             else:
                 torch.add(offer, _progress(tensor, last), out=last)
                 tensor.copy_(last)
+        for (layer, *last_two), (_, *offers) in zip(
+            self._moments(posted), self._moments(offered), strict=True
+        ):
+            added = layer.progress(*last_two)
+            for last, offer, value in zip(last_two, offers, added, strict=True):
+                last.copy_(value.add_(offer))
+            layer.write(*last_two)
 
     @torch.no_grad()
     def copies(self) -> list[torch.Tensor]:
-        """The tensors as they are, for restore()."""
-        return [tensor.detach().clone() for tensor in self._tensors.values()]
+        """The tensors as they are, for restore(); BatchNorm's counters of batches too."""
+        return [tensor.detach().clone() for tensor in self._kept()]
 
     @torch.no_grad()
     def restore(self, copies: list[torch.Tensor]) -> None:
-        for tensor, copy in zip(self._tensors.values(), copies, strict=True):
+        for tensor, copy in zip(self._kept(), copies, strict=True):
             tensor.copy_(copy)
 
-    def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _kept(self) -> list[torch.Tensor]:
+        counters = [layer.batches for layer in self._statistics if layer.batches is not None]
+        return [*self._tensors.values(), *counters]
+
+    def _parts(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
         flat = torch.from_numpy(buffer)
-        pairs, start = [], 0
+        parts, start = [], 0
         for tensor in self._tensors.values():
             end = start + tensor.numel()
-            pairs.append((tensor.detach(), flat[start:end].view(tensor.shape)))
+            parts.append((tensor, flat[start:end].view(tensor.shape)))
             start = end
-        return pairs
+        return parts
+
+    def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(tensor, its part) of everything that lies in the buffer as it is."""
+        parts = self._parts(buffer)
+        return [(t.detach(), part) for t, part in parts if id(t) not in self._in_statistics]
+
+    def _moments(
+        self, buffer: Floats
+    ) -> list[tuple[RunningStatistics, torch.Tensor, torch.Tensor]]:
+        """(layer, its part for the mean, its part for the second moment)."""
+        if not self._statistics:
+            return []
+        parts = {id(tensor): part for tensor, part in self._parts(buffer)}
+        return [(la, parts[id(la.mean)], parts[id(la.variance)]) for la in self._statistics]
 
 
 def _progress(tensor: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
