@@ -34,6 +34,11 @@ TINY: Final = 1e-10
 RESOLUTION: Final = 2.0**-22
 """Of s: in float32 a difference of less cannot be told from rounding, so no variance is below it."""
 
+ADVICE: Final = (
+    "the model has BatchNorm: its running statistics are averaged, but on uneven data its batches "
+    "differ from node to node; GroupNorm survives uneven data (docs/momentum.md)"
+)
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -69,7 +74,7 @@ class RunningStatistics:
 
 
 def _moments(mean: torch.Tensor, variance: torch.Tensor) -> Pair:
-    first = mean.detach().cpu().double()
+    first = mean.detach().to("cpu", copy=True).double()  # double() alone may be the buffer itself
     return first, variance.detach().cpu().double() + first.square()
 
 

@@ -123,6 +123,7 @@ class Tensors:
         for layer, mean, second in self._moments(posted):
             for part, value in zip((mean, second), layer.progress(mean, second), strict=True):
                 part.copy_(value.add_(part))
+            layer.write(mean, second)  # or what posted keeps would be taken for progress next time
 
     @torch.no_grad()
     def merge(self, posted: Floats, offered: Floats) -> None:
@@ -191,10 +192,29 @@ class Tensors:
         return [(la, parts[id(la.mean)], parts[id(la.variance)]) for la in self._statistics]
 
 
+def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises UsageError for one that was made of another model's parameters."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held and not any(id(p) in held for p in model.parameters()):
+        raise UsageError(
+            "the optimizer holds none of this model's parameters: make it from model.parameters() "
+            "after the model is final"
+        )
+
+
 def _progress(tensor: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """What training added to a low-precision tensor since it was rounded from `last`, in float32."""
     now = tensor.to("cpu", torch.float32, copy=True)
     return now.sub_(last.to(tensor.dtype).to(torch.float32))
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are one under two names (tied weights)."""
+    if tensor.numel() and tensor.data_ptr():
+        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    return (id(tensor),)
 
 
 def _floating(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -208,8 +228,7 @@ def _floating(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             raise UsageError(f"{name} is complex: only real numbers can be averaged")
         if not tensor.is_floating_point():
             continue
-        storage = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        same = storage if tensor.numel() and tensor.data_ptr() else (id(tensor),)
+        same = storage_key(tensor)
         if same not in seen:
             seen.add(same)
             found[name] = tensor
