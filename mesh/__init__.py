@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mesh.attachment import Statistics
+    from mesh.checkpoint import CheckpointInfo, load
     from mesh.client import RunningNode, ask, find_node, question, running_nodes
     from mesh.errors import (
         IdentityError,
@@ -27,24 +29,24 @@ if TYPE_CHECKING:
         is_member,
         join_mesh,
         leave_mesh,
-        load,
         read_token,
         rename,
     )
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
+    from mesh.momentum import QuasiGlobalSGD
     from mesh.places import state_directory
     from mesh.process import run_node
     from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulation import SimulationReport, simulate
-    from mesh.training import JoinedNode, Statistics, join
+    from mesh.training import JoinedNode, join
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "join": "training",
     "JoinedNode": "training",
-    "Statistics": "training",
+    "Statistics": "attachment",
     "NodeSettings": "settings",
     "parse_address": "settings",
     "state_directory": "places",
@@ -52,7 +54,9 @@ _HOMES = {
     "join_mesh": "identity",
     "leave_mesh": "identity",
     "is_member": "identity",
-    "load": "identity",
+    "load": "checkpoint",
+    "CheckpointInfo": "checkpoint",
+    "QuasiGlobalSGD": "momentum",
     "read_token": "identity",
     "rename": "identity",
     "ask": "client",
@@ -79,6 +83,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckpointInfo",
     "IdentityError",
     "JoinedNode",
     "MeshError",
@@ -90,6 +95,7 @@ __all__ = [
     "PeersMissing",
     "PullProgress",
     "PulledModel",
+    "QuasiGlobalSGD",
     "RunningNode",
     "SimulationReport",
     "Statistics",
