@@ -1,5 +1,6 @@
 """`mesh pull`: the current model for a machine that need not train it, and the file that it becomes."""
 
+import json
 import os
 import resource
 import signal
@@ -319,6 +320,10 @@ def test_the_file_holds_every_tensor_in_its_own_dtype_as_the_library_reads_it(
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert (metadata["run"], metadata["mesh_step"], metadata["averaged"]) == ("digits", "5000", "3")
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    for name, _, dtype in SCHEMA:
+        assert (8 + length + header[name]["data_offsets"][0]) % getattr(torch, dtype).itemsize == 0
     found, start = safetensors.torch.load_file(path), 0
     assert set(found) == {name for name, _, _ in SCHEMA}
     for name, shape, dtype in SCHEMA:
