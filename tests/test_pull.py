@@ -287,7 +287,7 @@ def test_a_schema_of_many_layers_is_asked_page_by_page_and_a_false_one_is_not_be
 
 SCHEMA = [
     ("half", (3,), "float16"),
-    ("brain", (5, 1), "bfloat16"),
+    ("brain", (4, 1), "bfloat16"),
     ("wide", (2, 2), "float32"),
     ("none", (0, 4), "float32"),
     ("scalar", (), "float64"),
