@@ -23,6 +23,7 @@ from mesh.pulled import PulledModel
 from mesh.responder import Responder
 from mesh.runs import RunSpec
 from mesh.shared import HandOverMemory
+from nodes import render
 from nodes.cli import main
 from tests.helpers import Host, NumpyTraining, parsed
 from tests.helpers import until as until_real
@@ -421,3 +422,34 @@ def test_a_machine_that_trains_nothing_writes_the_model_of_one_that_does(host, c
         os.kill(giver.pid, signal.SIGCONT)
     assert not list(host.root.glob("*m.safetensors*"))
     training.close()
+
+
+# --------------------------------------------------------------------------------- what is printed
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is_and_without_one_each_node_is_one_line(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with render.bar() as draw:
+        draw("digits: node 1 of 2: [giver]", 500_000, 1_000_000)
+    shown = capsys.readouterr()
+    assert "digits: node 1 of 2: [giver]" in shown.err
+    assert "0.5/1.0 MB" in shown.err
+    assert shown.out == ""
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    with render.bar() as draw:
+        for done in range(3):
+            draw("digits: node 1 of 2: [giver]", done, 10)
+        draw("digits: node 2 of 2: other", 5, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["digits: node 1 of 2: [giver]", "digits: node 2 of 2: other"]
+
+
+def test_without_a_node_on_this_machine_it_says_how_to_start_one(tmp_path, capsys):
+    assert main(["pull", "--state", str(tmp_path), "--run", "r", "-o", str(tmp_path / "m")]) == 3
+    assert "mesh up" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
