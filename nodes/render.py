@@ -64,13 +64,13 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
         def note(said: str, done: int, of: int) -> None:
             nonlocal last
             if said != last:
-                console.print(said, highlight=False, soft_wrap=True)
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
             last = said
 
         yield note
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
