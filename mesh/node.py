@@ -39,7 +39,7 @@ from mesh.links import Incompatible, Itself, Links, Peer, Twin, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
 from mesh.replica import Replica
 from mesh.responder import Responder
-from mesh.runs import Run, RunSpec, RunStatistics, Tell, make_run, run_statistics
+from mesh.runs import Run, RunSpec, RunStatistics, Tell, Totals, make_run, run_statistics
 
 INBOX_LIMIT: Final = 1024
 """Events that may wait for the loop; whoever brings more waits itself."""
@@ -59,6 +59,7 @@ class NodeStatistics:
     refused: dict[str, int]
     dropped: int
     notes: tuple[str, ...]
+    totals: Totals
 
 
 class Node:
@@ -156,6 +157,7 @@ class Node:
             refused=dict(self._links.refused),
             dropped=self._links.dropped,
             notes=tuple(self._notes),
+            totals=self._initiator.totals,
         )
 
     def living_addresses(self, limit: int) -> list[Address]:
@@ -218,6 +220,7 @@ class Node:
             # for this run may reach the next one.
             await self._send_and_wait(ev.RunDetached(run=run.name))
             del self._runs[run.name]
+            self._initiator.totals.run_ended(run.counters)
 
     def exchanged(self, run: Run) -> bool:
         """Whether this run's weights have met another node's."""

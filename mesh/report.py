@@ -58,7 +58,7 @@ def status(
             "local_health": statistics.protocol.local_health,
         },
         "mesh": {"id": mesh},
-        "health": _health(statistics),
+        "health": health(statistics),
         "peers": {
             kind: states.count(kind) for kind in ("alive", "suspect", "dead", "incompatible")
         },
@@ -92,7 +92,7 @@ def peers(statistics: NodeStatistics) -> dict[str, Any]:
     }
 
 
-def _health(statistics: NodeStatistics) -> list[str]:
+def health(statistics: NodeStatistics) -> list[str]:
     """Warnings, each with its cure; empty when all is well."""
     warnings = [
         f"peer {address}: {reason} (is `mesh up` running there, and its port open?)"

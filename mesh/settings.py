@@ -53,6 +53,7 @@ class NodeSettings:
     interfaces: network interfaces to announce and listen on, by name; default all.
     mdns: announce this node and look for others.
     peers: addresses to dial for ever, beside what mDNS finds.
+    metrics: port of 127.0.0.1 that serves figures to Prometheus; default none.
     """
 
     state: Path = field(default_factory=state_directory)
@@ -61,12 +62,14 @@ class NodeSettings:
     interfaces: tuple[str, ...] = ()
     mdns: bool = True
     peers: tuple[Address, ...] = ()
+    metrics: int | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
             check_name(self.name)
-        if self.port is not None and not 0 < self.port < 65536:
-            raise UsageError(f"port {self.port}: a port is 1..65535")
+        for port in (self.port, self.metrics):
+            if port is not None and not 0 < port < 65536:
+                raise UsageError(f"port {port}: a port is 1..65535")
         if len(self.interfaces) > INTERFACES_LIMIT or len(self.peers) > PEERS_LIMIT:
             raise UsageError(f"at most {INTERFACES_LIMIT} interfaces and {PEERS_LIMIT} peers")
 
@@ -87,6 +90,7 @@ class NodeSettings:
                 interfaces=tuple(about["interfaces"]),
                 mdns=bool(about["mdns"]),
                 peers=tuple(parse_address(peer) for peer in about["peers"]),
+                metrics=about["metrics"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"not the settings of a node: {error}") from None

@@ -114,6 +114,12 @@ def _node_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-mdns", action="store_true", help="neither announce this node nor look for others"
     )
+    parser.add_argument(
+        "--metrics",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus text on this port of 127.0.0.1",
+    )
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +162,7 @@ def _settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":
         interfaces=tuple(arguments.interface),
         mdns=not arguments.no_mdns,
         peers=tuple(mesh.parse_address(peer) for peer in arguments.peer),
+        metrics=arguments.metrics,
     )
 
 
