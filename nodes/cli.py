@@ -2,7 +2,7 @@
 
 Rules: 1. Asking a running node imports neither torch, trio, numpy nor rich. 2. Data goes to standard
 output, everything else to standard error. 3. A user's mistake is one line that says what to do.
-Exit codes: 0 ok, 1 error, 2 usage, 3 no node running, 130 Ctrl-C; `mesh run` exits with its script's.
+Exit codes: 0 ok, 1 error, 2 usage, 3 no node running, 4 unhealthy, 130 Ctrl-C; `mesh run` exits with its script's.
 """
 
 import argparse
@@ -140,6 +140,16 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
+def _service_flags(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    add = actions.add_parser("install", help="write it; it will run `mesh up` with these flags")
+    _node_flags(add)
+    add.add_argument("--print", action="store_true", help="show it, write nothing")
+    actions.add_parser("uninstall", help="stop and remove it")
+    look = actions.add_parser("status", help="whether it is there and runs (exit code 4: not)")
+    look.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _sim_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument(
@@ -210,6 +220,19 @@ def _run(arguments: argparse.Namespace) -> int:
     return runner.run(_settings(arguments), arguments.script, arguments.args)
 
 
+def _service(arguments: argparse.Namespace) -> int:
+    from nodes import service
+
+    match arguments.action:
+        case "install":
+            settings = _settings(arguments)
+            return service.install(settings, service.manager(), only_print=arguments.print)
+        case "uninstall":
+            return service.uninstall(service.manager())
+        case _:
+            return service.show(service.manager(), as_json=arguments.json)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from nodes import demo
 
@@ -260,6 +283,7 @@ COMMANDS = {
         _question_flags,
         _question("peers", text.peers),
     ),
+    "service": Command("a node that starts with this machine", _service_flags, _service),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
     "sim": Command("simulated meshes live under faults, each from one seed", _sim_flags, _sim),
 }
