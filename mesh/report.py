@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from mesh import __version__
+from mesh.core.address import Address
 from mesh.core.messages import PROTOCOL
 from mesh.core.statistics import PeerStatistics
 from mesh.node import NodeStatistics
@@ -99,6 +100,10 @@ def health(statistics: NodeStatistics) -> list[str]:
         for address, reason in statistics.protocol.unreached
     ]
     warnings += [
+        f"{name} seen by mDNS but TCP {_why(address, reason)} (firewall? run `mesh doctor`)"
+        for name, address, reason in statistics.protocol.undialled
+    ]
+    warnings += [
         f"{peer.name} is incompatible: {peer.reason}"
         for peer in statistics.protocol.peers
         if peer.state == "incompatible"
@@ -117,6 +122,14 @@ def health(statistics: NodeStatistics) -> list[str]:
     if not statistics.protocol.own.addresses:
         warnings.append("no network address: waiting for an interface to come up")
     return warnings
+
+
+def _why(address: Address, reason: str) -> str:
+    """Why a dial failed, in a few words."""
+    for words in ("refused", "does not answer"):
+        if words in reason:
+            return f"{address} {words}"
+    return f"{address} fails: {reason.removeprefix(f'{address}: ')}"
 
 
 def _run(run: RunStatistics) -> dict[str, Any]:
