@@ -30,6 +30,7 @@ FLOORS = {
     "mesh/identity.py": 1,
     "mesh/places.py": 1,
     "mesh/settings.py": 1,
+    "mesh/surroundings.py": 1,
     "mesh/alarm.py": 1,
     "mesh/disk.py": 1,
     "mesh/simulated_disk.py": 1,
@@ -52,6 +53,7 @@ FLOORS = {
     "mesh/control.py": 3,
     "mesh/process.py": 3,
     "mesh/metrics.py": 3,
+    "mesh/diagnosis.py": 3,
     "mesh/__main__.py": 3,
     "mesh/attachment.py": 4,
     "mesh/faults.py": 4,
@@ -69,7 +71,7 @@ FLOORS = {
 
 HOMES = {
     "msgpack": ["mesh/wire.py"],
-    "zeroconf": ["mesh/net/mdns.py"],
+    "zeroconf": ["mesh/net/mdns.py", "mesh/net/survey.py"],
     "ifaddr": ["mesh/net/interfaces.py"],
     "ssl": ["mesh/identity.py", "mesh/net/tcp.py", "mesh/net/sockets.py"],
     "cryptography": ["mesh/identity.py", "mesh/net/sealed.py"],

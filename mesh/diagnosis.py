@@ -1,0 +1,141 @@
+"""What is wrong around this node: asks by multicast, knocks at addresses as a node would dial them.
+
+A look's trip: interfaces -> survey() by multicast, while own, given and earlier addresses are knocked at ->
+then those of our mesh that announced themselves -> Surroundings. Rules: 1. It works with no node
+running, and disturbs none that does: a knock ends after TLS, before a word of the protocol. 2. It
+takes SURVEY and KNOCK_S at most, whatever the network does.
+"""
+
+import contextlib
+import errno
+import functools
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from mesh.core.address import Address
+from mesh.errors import ConnectionRefused, IdentityError, MeshError, StreamLost
+from mesh.identity import Identity, node_of
+from mesh.memory import Memory
+from mesh.net.interfaces import all_interfaces
+from mesh.net.survey import survey
+from mesh.net.tcp import TcpTransport
+from mesh.surroundings import Interface, Knock, Outcome, Surroundings
+
+KNOCK_S: Final = 3.5
+"""Linux gives up looking for a neighbour on the same network after 3.1 s, and says so."""
+
+PLAIN_S: Final = 1.0
+"""For a connection without TLS, where one with it was silent: is it the line, or the process?"""
+
+KNOCKS_LIMIT: Final = 64
+KNOCKS_AT_ONCE: Final = 16
+"""As many as a node takes from one address at once that have proved nothing yet."""
+
+
+def earlier_peers(state: Path) -> list[Address]:
+    """Where peers were when this machine's node last ran."""
+    return Memory(state).peers()
+
+
+def look_around(
+    identity: Identity | None, *, interfaces: tuple[str, ...], addresses: Iterable[Address]
+) -> Surroundings:
+    """Looks for a few seconds. `interfaces`: only these; empty: all but loopback. `addresses` are
+    knocked at, beside those that members announce; nothing is where this machine is in no mesh."""
+    return trio.run(functools.partial(_look, identity, interfaces, tuple(addresses)))
+
+
+async def _look(
+    identity: Identity | None, wanted: tuple[str, ...], addresses: tuple[Address, ...]
+) -> Surroundings:
+    here = all_interfaces()
+    own = frozenset(address for one in here for address in one.addresses)
+    chosen = [one for one in here if _is_wanted(one, wanted)]
+    knocking = _Knocking(identity)
+    echoes = []
+
+    def is_member(instance: str, tag: str) -> bool:
+        return identity is not None and hmac.compare_digest(
+            tag.encode(), identity.beacon(instance).encode()
+        )
+
+    async with trio.open_nursery() as nursery:
+        for address in addresses:
+            knocking.start(nursery, address)
+        echoes = await survey(chosen, own, is_member)
+        for echo in echoes:
+            for announcement in echo.announcements:
+                if announcement.member:
+                    for address in announcement.addresses:
+                        knocking.start(nursery, address)
+    return Surroundings(interfaces=here, echoes=tuple(echoes), knocks=tuple(knocking.done))
+
+
+def _is_wanted(one: Interface, wanted: tuple[str, ...]) -> bool:
+    return one.name in wanted if wanted else one.kind != "loopback"
+
+
+class _Knocking:
+    """The knocks of one look: each address once, so many at a time."""
+
+    def __init__(self, identity: Identity | None) -> None:
+        self.done: list[Knock] = []
+        self._known: set[Address] = set()
+        self._room = trio.CapacityLimiter(KNOCKS_AT_ONCE)
+        self._transport = None
+        if identity is not None:
+            self._transport = TcpTransport(
+                server=identity.context(server=True),
+                client=identity.context(server=False),
+                node_of=node_of,
+                refused=lambda kind: None,
+                port=None,
+                interfaces=(),
+            )
+
+    def start(self, nursery: trio.Nursery, address: Address) -> None:
+        if address not in self._known and len(self._known) < KNOCKS_LIMIT:
+            self._known.add(address)
+            nursery.start_soon(self._knock, address)
+
+    async def _knock(self, address: Address) -> None:
+        if self._transport is None:
+            return
+        node, outcome, reason = "", Outcome.SILENT, f"{address} does not answer"
+        async with self._room:
+            with trio.move_on_after(KNOCK_S):
+                try:
+                    stream = await self._transport.connect(address)
+                    node, outcome, reason = stream.peer, Outcome.NODE, ""
+                    await stream.aclose()
+                except MeshError as error:
+                    outcome, reason = _outcome(error), str(error)
+            if outcome is Outcome.SILENT and await _opens(address):
+                outcome, reason = Outcome.STUCK, f"{address} takes connections and says nothing"
+        self.done.append(Knock(address=address, outcome=outcome, node=node, reason=reason))
+
+
+async def _opens(address: Address) -> bool:
+    """Whether a connection opens there at all."""
+    with trio.move_on_after(PLAIN_S), contextlib.suppress(OSError):
+        async with await trio.open_tcp_stream(address.host, address.port):
+            return True
+    return False
+
+
+def _outcome(error: MeshError) -> Outcome:
+    match error:
+        case IdentityError():
+            return Outcome.OTHER_MESH
+        case ConnectionRefused():
+            return Outcome.REFUSED
+        case StreamLost() if error.code in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+            return Outcome.NO_ROUTE
+        case StreamLost() if error.code:
+            return Outcome.SILENT
+        case _:
+            return Outcome.STRANGER
