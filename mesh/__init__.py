@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mesh.client import RunningNode, ask, find_node, running_nodes
+    from mesh.diagnosis import earlier_peers, look_around
     from mesh.errors import (
         IdentityError,
         MeshError,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from mesh.identity import (
+        Identity,
+        check_identity,
         create_mesh,
         is_member,
         join_mesh,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from mesh.process import run_node
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulation import SimulationReport, simulate
+    from mesh.surroundings import Announcement, Interface, Outcome, Surroundings
     from mesh.training import JoinedNode, Statistics, join
 
 __version__ = "0.1.0"
@@ -52,6 +56,14 @@ _HOMES = {
     "load": "identity",
     "read_token": "identity",
     "rename": "identity",
+    "check_identity": "identity",
+    "Identity": "identity",
+    "earlier_peers": "diagnosis",
+    "look_around": "diagnosis",
+    "Announcement": "surroundings",
+    "Interface": "surroundings",
+    "Outcome": "surroundings",
+    "Surroundings": "surroundings",
     "ask": "client",
     "find_node": "client",
     "running_nodes": "client",
@@ -70,25 +82,33 @@ _HOMES = {
 }
 
 __all__ = [
+    "Announcement",
+    "Identity",
     "IdentityError",
+    "Interface",
     "JoinedNode",
     "MeshError",
     "NodeNotRunning",
     "NodeProcess",
     "NodeSettings",
+    "Outcome",
     "PeersMissing",
     "RunningNode",
     "SimulationReport",
     "Statistics",
+    "Surroundings",
     "UsageError",
     "ask",
+    "check_identity",
     "create_mesh",
+    "earlier_peers",
     "find_node",
     "is_member",
     "join",
     "join_mesh",
     "leave_mesh",
     "load",
+    "look_around",
     "make_mesh_if_none",
     "parse_address",
     "read_token",

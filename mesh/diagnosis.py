@@ -11,18 +11,21 @@ import errno
 import functools
 import hmac
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from mesh.core.address import Address
+from mesh.core.messages import PROTOCOL
 from mesh.errors import ConnectionRefused, IdentityError, MeshError, StreamLost
 from mesh.identity import Identity, node_of
 from mesh.memory import Memory
 from mesh.net.interfaces import all_interfaces
 from mesh.net.survey import survey
 from mesh.net.tcp import TcpTransport
+from mesh.settings import parse_address
 from mesh.surroundings import Interface, Knock, Outcome, Surroundings
 
 KNOCK_S: Final = 3.5
@@ -32,29 +35,38 @@ PLAIN_S: Final = 1.0
 """For a connection without TLS, where one with it was silent: is it the line, or the process?"""
 
 KNOCKS_LIMIT: Final = 64
-KNOCKS_AT_ONCE: Final = 16
-"""As many as a node takes from one address at once that have proved nothing yet."""
+"""All at once, or a network that drops everything would take minutes."""
 
 
-def earlier_peers(state: Path) -> list[Address]:
+def earlier_peers(state: Path) -> list[str]:
     """Where peers were when this machine's node last ran."""
-    return Memory(state).peers()
+    return [str(address) for address in Memory(state).peers()]
 
 
 def look_around(
-    identity: Identity | None, *, interfaces: tuple[str, ...], addresses: Iterable[Address]
+    identity: Identity | None,
+    *,
+    interfaces: tuple[str, ...],
+    listens: Iterable[str],
+    addresses: Iterable[str],
 ) -> Surroundings:
-    """Looks for a few seconds. `interfaces`: only these; empty: all but loopback. `addresses` are
-    knocked at, beside those that members announce; nothing is where this machine is in no mesh."""
-    return trio.run(functools.partial(_look, identity, interfaces, tuple(addresses)))
+    """Looks for a few seconds. `interfaces`: only these; empty: those where a node `listens`; where it
+    does nowhere: all but loopback. `addresses` are knocked at, beside those that members announce;
+    nothing is where this machine is in no mesh."""
+    hosts = frozenset(parse_address(address).host for address in listens)
+    knocks = tuple(parse_address(address) for address in addresses)
+    return trio.run(functools.partial(_look, identity, interfaces, hosts, knocks))
 
 
 async def _look(
-    identity: Identity | None, wanted: tuple[str, ...], addresses: tuple[Address, ...]
+    identity: Identity | None,
+    wanted: tuple[str, ...],
+    hosts: frozenset[str],
+    addresses: tuple[Address, ...],
 ) -> Surroundings:
-    here = all_interfaces()
+    here = tuple(replace(one, looked_at=_is_wanted(one, wanted, hosts)) for one in all_interfaces())
     own = frozenset(address for one in here for address in one.addresses)
-    chosen = [one for one in here if _is_wanted(one, wanted)]
+    chosen = [one for one in here if one.looked_at]
     knocking = _Knocking(identity)
     echoes = []
 
@@ -72,20 +84,26 @@ async def _look(
                 if announcement.member:
                     for address in announcement.addresses:
                         knocking.start(nursery, address)
-    return Surroundings(interfaces=here, echoes=tuple(echoes), knocks=tuple(knocking.done))
+    return Surroundings(
+        protocol=str(PROTOCOL),
+        interfaces=here,
+        echoes=tuple(echoes),
+        knocks=tuple(knocking.done),
+    )
 
 
-def _is_wanted(one: Interface, wanted: tuple[str, ...]) -> bool:
-    return one.name in wanted if wanted else one.kind != "loopback"
+def _is_wanted(one: Interface, wanted: tuple[str, ...], hosts: frozenset[str]) -> bool:
+    if wanted or hosts:
+        return one.name in wanted if wanted else not hosts.isdisjoint(one.addresses)
+    return one.kind != "loopback"
 
 
 class _Knocking:
-    """The knocks of one look: each address once, so many at a time."""
+    """The knocks of one look: each address once."""
 
     def __init__(self, identity: Identity | None) -> None:
         self.done: list[Knock] = []
         self._known: set[Address] = set()
-        self._room = trio.CapacityLimiter(KNOCKS_AT_ONCE)
         self._transport = None
         if identity is not None:
             self._transport = TcpTransport(
@@ -106,16 +124,15 @@ class _Knocking:
         if self._transport is None:
             return
         node, outcome, reason = "", Outcome.SILENT, f"{address} does not answer"
-        async with self._room:
-            with trio.move_on_after(KNOCK_S):
-                try:
-                    stream = await self._transport.connect(address)
-                    node, outcome, reason = stream.peer, Outcome.NODE, ""
-                    await stream.aclose()
-                except MeshError as error:
-                    outcome, reason = _outcome(error), str(error)
-            if outcome is Outcome.SILENT and await _opens(address):
-                outcome, reason = Outcome.STUCK, f"{address} takes connections and says nothing"
+        with trio.move_on_after(KNOCK_S):
+            try:
+                stream = await self._transport.connect(address)
+                node, outcome, reason = stream.peer, Outcome.NODE, ""
+                await stream.aclose()
+            except MeshError as error:
+                outcome, reason = _outcome(error), str(error)
+        if outcome is Outcome.SILENT and await _opens(address):
+            outcome, reason = Outcome.STUCK, f"{address} takes connections and says nothing"
         self.done.append(Knock(address=address, outcome=outcome, node=node, reason=reason))
 
 

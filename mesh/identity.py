@@ -195,7 +195,7 @@ def load(state: Path) -> Identity:
         raise _damaged(state, error) from None
 
 
-def check(state: Path) -> Identity:
+def check_identity(state: Path) -> Identity:
     """load(), and whether the papers belong together. Raises IdentityError with what does not."""
     identity = load(state)
     try:

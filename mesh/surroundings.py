@@ -18,6 +18,8 @@ class Interface:
     """its addresses with the length of their network, as in 192.168.1.20/24; IPv4 first"""
     kind: str
     """loopback, containers (docker's and their like), vpn, or lan"""
+    looked_at: bool = False
+    """whether it is one that the node uses, or that was asked for"""
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -86,6 +88,8 @@ class Knock:
 class Surroundings:
     """Everything that was found."""
 
+    protocol: str
+    """that we speak"""
     interfaces: tuple[Interface, ...]
     echoes: tuple[Echo, ...]
     knocks: tuple[Knock, ...]

@@ -140,6 +140,17 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    _question_flags(parser)
+    parser.add_argument(
+        "--interface",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="look at this network interface only (repeatable; default: all but loopback)",
+    )
+
+
 def _service_flags(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     add = actions.add_parser("install", help="write it; it will run `mesh up` with these flags")
@@ -220,6 +231,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return runner.run(_settings(arguments), arguments.script, arguments.args)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from nodes import doctor
+
+    interfaces = tuple(arguments.interface)
+    return doctor.run(arguments.state, arguments.node, interfaces, as_json=arguments.json)
+
+
 def _service(arguments: argparse.Namespace) -> int:
     from nodes import service
 
@@ -282,6 +300,9 @@ COMMANDS = {
         "the other nodes, and why some cannot be used",
         _question_flags,
         _question("peers", text.peers),
+    ),
+    "doctor": Command(
+        "what keeps this node from working, and what mends it", _doctor_flags, _doctor
     ),
     "service": Command("a node that starts with this machine", _service_flags, _service),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
