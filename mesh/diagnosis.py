@@ -32,7 +32,7 @@ KNOCK_S: Final = 3.5
 """Linux gives up looking for a neighbour on the same network after 3.1 s, and says so."""
 
 PLAIN_S: Final = 1.0
-"""For a connection without TLS, where one with it was silent: is it the line, or the process?"""
+"""At the end of a silent knock, for a connection without TLS: is it the line, or the process?"""
 
 KNOCKS_LIMIT: Final = 64
 """All at once, or a network that drops everything would take minutes."""
@@ -125,23 +125,32 @@ class _Knocking:
             return
         node, outcome, reason = "", Outcome.SILENT, f"{address} does not answer"
         with trio.move_on_after(KNOCK_S):
-            try:
-                stream = await self._transport.connect(address)
-                node, outcome, reason = stream.peer, Outcome.NODE, ""
-                await stream.aclose()
-            except MeshError as error:
-                outcome, reason = _outcome(error), str(error)
-        if outcome is Outcome.SILENT and await _opens(address):
+            async with trio.open_nursery() as nursery:
+                opens = _Opens()
+                nursery.start_soon(opens.find_out, address)
+                try:
+                    stream = await self._transport.connect(address)
+                    node, outcome, reason = stream.peer, Outcome.NODE, ""
+                    await stream.aclose()
+                except MeshError as error:
+                    outcome, reason = _outcome(error), str(error)
+                nursery.cancel_scope.cancel()
+        if outcome is Outcome.SILENT and opens.yes:
             outcome, reason = Outcome.STUCK, f"{address} takes connections and says nothing"
         self.done.append(Knock(address=address, outcome=outcome, node=node, reason=reason))
 
 
-async def _opens(address: Address) -> bool:
-    """Whether a connection opens there at all."""
-    with trio.move_on_after(PLAIN_S), contextlib.suppress(OSError):
-        async with await trio.open_tcp_stream(address.host, address.port):
-            return True
-    return False
+class _Opens:
+    """Whether a connection opens at all where TLS gets no answer."""
+
+    yes = False
+
+    async def find_out(self, address: Address) -> None:
+        """Waits first: a node that answers in time counts no strange connection."""
+        await trio.sleep(KNOCK_S - PLAIN_S)
+        with contextlib.suppress(OSError):
+            async with await trio.open_tcp_stream(address.host, address.port):
+                self.yes = True
 
 
 def _outcome(error: MeshError) -> Outcome:

@@ -40,10 +40,10 @@ GROUP_V6: Final = "ff02::fb"
 SERVICES: Final = "_services._dns-sd._udp.local."
 """What every responder answers: printers and phones show that multicast arrives here at all."""
 
-LISTEN_S: Final = 2.0
-"""Responders wait up to 0.12 s, and up to 1 s for what they said a moment ago."""
+LISTEN_S: Final = 1.7
+"""Responders wait up to 0.12 s, and up to 1 s more for what they said a moment ago."""
 
-ASK_AT_S: Final = (0.0, 0.9)
+ASK_AT_S: Final = (0.0, 0.5)
 """Twice: one packet is easily lost on Wi-Fi."""
 
 PACKET_BYTES: Final = 9000
