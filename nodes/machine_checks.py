@@ -205,12 +205,13 @@ def descriptors(pid: int | None) -> list[Finding]:
             limit = int(line.split()[3])
             used = len(os.listdir(f"/proc/{pid}/fd"))
             whose = "the node"
+    told = f"{whose} may open {limit} files" + f", has {used} open" * (used > 0)
     cure = "ulimit -n 4096 before `mesh up`, or LimitNOFILE=4096 in its service"
     if limit < DESCRIPTORS_LEAST or used > 0.9 * limit:
-        return [fail("descriptors", f"{whose} may open {limit} files, {used} are open", cure)]
+        return [fail("descriptors", told, cure)]
     if limit < DESCRIPTORS_ENOUGH:
-        return [warn("descriptors", f"{whose} may open only {limit} files", cure)]
-    return [ok("descriptors", f"{whose} may open {limit} files" + f", has {used}" * (used > 0))]
+        return [warn("descriptors", told, cure)]
+    return [ok("descriptors", told)]
 
 
 # ------------------------------------------------------------------------------------- the node
@@ -233,7 +234,7 @@ def process(case: Case) -> list[Finding]:
         return [warn("node", text, "stop it and start it again")]
     alive = [peer for peer in case.others if peer["state"] == "alive"]
     heard = sum(peer["via"] == "mdns" for peer in alive)
-    told = f"up {words.duration(about['uptime_s'])}, pid {case.node.pid}; {len(alive)} peers alive, {heard} by its own mDNS"
+    told = f"up {words.duration(about['uptime_s'])}, pid {case.node.pid}; peers alive: {len(alive)}, of these found by its mDNS: {heard}"
     return [ok("node", told)]
 
 

@@ -89,8 +89,8 @@ class Reading:
                 text = f"{name}: sent, but not even this machine heard it: a firewall here drops it"
                 yield problem("multicast", text, "sudo ufw allow 5353/udp")
             elif echo.others:
-                count = f"{len(echo.others)} other machine{'s' * (len(echo.others) > 1)}"
-                yield ok("multicast", f"{name}: sent and heard, {count} answered")
+                count = counted(len(echo.others), "other machine")
+                yield ok("multicast", f"{name}: sent, and {count} heard")
             elif not lan:
                 yield ok("multicast", f"{name}: sent and heard by this machine")
             else:
@@ -188,7 +188,7 @@ class Reading:
                 yield fail("given", text, JOIN)
         refused = (self._case.status or {}).get("refused", {}).get("certificate", 0)
         if refused:
-            text = f"{refused} connections with a certificate of another mesh were turned away"
+            text = f"{counted(refused, 'connection')} of another mesh turned away"
             yield warn("given", text, JOIN)
 
     def twins(self) -> Iterator[Finding]:
@@ -220,10 +220,10 @@ class Reading:
             return
         hosts = ", ".join(sorted(set(strangers.values()))[:SUBNETS_SHOWN])
         if not self._own:
-            text = f"{len(strangers)} nodes announce themselves here ({hosts})"
+            text = f"{counted(len(strangers), 'node')} here that can be joined ({hosts})"
             yield warn("meshes", text, "mesh join TOKEN, with what `mesh token` prints there")
         else:
-            text = f"{len(strangers)} nodes of another mesh announce themselves here ({hosts})"
+            text = f"{counted(len(strangers), 'node')} of another mesh here ({hosts})"
             yield warn("meshes", text, JOIN)
 
 
@@ -250,6 +250,12 @@ WHY: Final = {
     ),
 }
 """What an address that is announced and leads nowhere means, and what mends it; the surest first."""
+
+
+def counted(count: int, thing: str) -> str:
+    """1 node, 2 nodes."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
 
 UNHEARD: Final = (mesh.Outcome.SILENT, mesh.Outcome.NO_ROUTE)
 

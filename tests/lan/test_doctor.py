@@ -5,6 +5,7 @@ All machines start together and are examined together: a look takes seconds, of 
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def make_ill(lab: FaultyLab, ward: Ward) -> None:
     rule(ward.alone, "output", "oifname out0 udp dport 5353 drop")
     rule(ward.alone, "input", "iifname in0 udp dport 5353 drop")
     python_path(ward.alone, "torch.py", ILL)
-    python_path(ward.copied, "torch.py", "print('torch of a kind')\nraise SystemExit(0)\n")
+    python_path(ward.copied, "torch.py", "print('9.9.9 1.0')\nraise SystemExit(0)\n")
     ward.alone.up()
     for machine in (ward.pi4, ward.kitchen, ward.pantry, ward.stranger):
         machine.up()
@@ -176,9 +177,13 @@ def test_what_it_says_fits_its_schema_and_its_exit_code(ward: Ward) -> None:
 def test_a_peer_that_answers_and_every_other_thing_that_is_well_are_ok(ward: Ward) -> None:
     studio = ward.studio
     assert "pi4 is heard by mDNS and answers" in ward.found(studio, "peers", "ok")
-    assert "1 peers alive" in ward.found(studio, "node", "ok")
+    assert "peers alive: 1," in ward.found(studio, "node", "ok")
     assert f"{studio.address} answers" in ward.found(studio, "port", "ok")
-    assert "eth0: sent and heard, 4 other machines" in ward.found(studio, "multicast", "ok")
+    heard = re.search(
+        r"eth0: sent, and (\d) other machines heard", ward.found(studio, "multicast", "ok")
+    )
+    assert heard is not None, ward.listed(studio)
+    assert int(heard[1]) >= 4, "the doctors of others are heard as well"
     for check in ("identity", "disk", "clock", "descriptors", "firewall"):
         assert ward.found(studio, check, "ok"), ward.listed(studio)
     # The real one, while other tests may have both cores.
@@ -212,7 +217,7 @@ def test_docker_is_named_and_is_no_trouble(ward: Ward) -> None:
 
 def test_another_mesh_is_seen_and_its_certificate_named(ward: Ward) -> None:
     found = ward.found(ward.studio, "meshes", "warn")
-    assert f"1 nodes of another mesh announce themselves here ({ward.stranger.host})" in found
+    assert f"1 node of another mesh here ({ward.stranger.host})" in found
     assert "mesh join TOKEN" in found
     given = ward.found(ward.studio, "given", "fail")
     assert f"{ward.stranger.address} has a certificate of another mesh" in given
