@@ -116,7 +116,12 @@ def _case(
 def identity(state: Path) -> tuple["mesh.Identity | None", list[Finding]]:
     """This machine's papers, and what is wrong with them."""
     where = shlex.quote(str(state))
-    if not mesh.is_member(state):
+    try:
+        member = mesh.is_member(state) and any(state.iterdir())
+    except PermissionError:
+        text = f"{state} is not to be read by this user"
+        return None, [fail("identity", text, f"sudo chown -R $(id -u) {where}")]
+    if not member:
         text = f"{state} is in no mesh"
         return None, [fail("identity", text, "mesh init, or mesh join TOKEN of another machine")]
     try:
@@ -152,9 +157,17 @@ def _open_to_others(state: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------- files
 
 
+def _is_there(state: Path) -> bool:
+    """False also where this user may not know; identity() says so then."""
+    with contextlib.suppress(OSError):
+        os.listdir(state)
+        return True
+    return False
+
+
 def disk(state: Path) -> list[Finding]:
     """Whether the node can write down what it must remember."""
-    if not state.is_dir():
+    if not _is_there(state):
         return []
     where = shlex.quote(str(state))
     probe = state / f".doctor.{os.getpid()}"
@@ -176,9 +189,9 @@ def disk(state: Path) -> list[Finding]:
 
 def clock(state: Path, now: float) -> list[Finding]:
     """Whether the wall clock can be right. Nothing here depends on it: logs do, and people."""
-    newest = Path(mesh.__file__).stat().st_mtime
+    newest = Path(__file__).stat().st_mtime
     cure = "sudo timedatectl set-ntp true"
-    if state.is_dir():
+    if _is_there(state):
         newest = max([newest, *(path.stat().st_mtime for path in state.iterdir())])
         probe = state / f".clock.{os.getpid()}"
         with contextlib.suppress(OSError):  # disk() says why

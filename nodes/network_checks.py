@@ -119,23 +119,34 @@ class Reading:
             for one in echo.announcements:
                 if one.member and not self._own.startswith(one.instance):
                     found.setdefault(one.instance, []).append(one)
+        well = []
         for instance, announcements in found.items():
             name = self._name(instance)
-            yield self._peer(name, instance, announcements)
+            problem = self._problem(name, instance, announcements)
+            if problem is None:
+                well.append(name)
+            else:
+                yield problem
             spoken = announcements[0].protocol
             if spoken != self._seen.protocol:
                 text = f"{name} speaks protocol {spoken or '?'}, this node {self._seen.protocol}"
                 yield fail("peers", text, "pip install -U gossipmesh on the older, and restart it")
+        if well:
+            yield ok("peers", f"heard by mDNS, and they answer: {', '.join(sorted(well))}")
         for peer in self._case.others:
             if peer["state"] == "incompatible":
                 text = f"{peer['name']} is incompatible: {peer['reason']}"
                 yield fail("peers", text, "the same gossipmesh and the same model on both")
 
-    def _peer(self, name: str, instance: str, announcements: "list[mesh.Announcement]") -> Finding:
+    def _problem(
+        self, name: str, instance: str, announcements: "list[mesh.Announcement]"
+    ) -> Finding | None:
+        """Why this peer cannot be reached; None: it can, or nobody tried (in a large mesh)."""
         addresses = dict.fromkeys(a for one in announcements for a in one.addresses)
         tried = [knock for a in addresses if (knock := self._seen.knock(a)) is not None]
-        if any(knock.node.startswith(instance) for knock in tried):
-            return ok("peers", f"{name} is heard by mDNS and answers")
+        untried = bool(addresses) and not tried
+        if untried or any(knock.node.startswith(instance) for knock in tried):
+            return None
         # Docker's address of another machine is our own as well: what answers there says nothing.
         foreign = [k for k in tried if k.address.host not in self._here] or tried
         ranks = list(WHY)

@@ -81,6 +81,19 @@ def test_files_of_another_user_are_named(state):
     assert (level, "mesh.json" in text, cure.startswith("sudo chown")) == ("fail", True, True)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="being somebody else needs root")
+def test_a_state_that_this_user_may_not_read_is_named(state):
+    state.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        level, text, cure = only(machine_checks.identity(state)[1])
+        assert (level, "not to be read" in text, "chown" in cure) == ("fail", True, True)
+        assert machine_checks.disk(state) == []
+        assert only(machine_checks.clock(state, time.time()))[0] == "ok"
+    finally:
+        os.seteuid(0)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("ca.pem", "the authority in"), ("node.pem", "certificate is one of another mesh")],
@@ -246,6 +259,14 @@ def test_an_announced_peer_that_cannot_be_reached_is_told_by_how_it_fails(outcom
     assert (check, level) == ("peers", "fail")
     assert text.startswith("pi4 is heard by mDNS, but TCP 192.168.1.44:7710 ")
     assert words in text
+
+
+def test_of_a_mesh_too_large_to_knock_everywhere_nobody_is_called_unreachable():
+    many = [announced(f"{k:052}") for k in range(100)]
+    assert read(echo(*many)) == []
+    nowhere = Announcement(instance="n" * 16, member=True, protocol="4", addresses=(), source="x")
+    [(check, level, text)] = read(echo(nowhere))
+    assert (check, level, "none of its addresses" in text) == ("peers", "fail", True)
 
 
 def test_docker_s_address_of_a_peer_is_our_own_and_proves_nothing():

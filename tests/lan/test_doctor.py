@@ -176,7 +176,7 @@ def test_what_it_says_fits_its_schema_and_its_exit_code(ward: Ward) -> None:
 
 def test_a_peer_that_answers_and_every_other_thing_that_is_well_are_ok(ward: Ward) -> None:
     studio = ward.studio
-    assert "pi4 is heard by mDNS and answers" in ward.found(studio, "peers", "ok")
+    assert "heard by mDNS, and they answer: pi4 ->" in ward.found(studio, "peers", "ok")
     assert "peers alive: 1," in ward.found(studio, "node", "ok")
     assert f"{studio.address} answers" in ward.found(studio, "port", "ok")
     heard = re.search(
