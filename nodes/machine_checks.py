@@ -39,7 +39,7 @@ DESCRIPTORS_ENOUGH: Final = 512
 CLOCK_S: Final = 60.0
 """Less than this is of no interest to anybody who reads a log."""
 
-TORCH_S: Final = 8.0
+TORCH_S: Final = 7.0
 """Importing torch takes 2.3 s on a laptop, and 6 s on a Raspberry Pi."""
 
 MULTIPLY: Final = (

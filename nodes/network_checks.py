@@ -15,7 +15,7 @@ import mesh
 from nodes.findings import Finding, fail, ok, warn
 from nodes.machine_checks import Case
 
-TOOL_S: Final = 2.0
+TOOL_S: Final = 1.0
 CHAIN: Final = re.compile(r"chain [^{}]*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 """A chain of `nft list ruleset` with what is in it; sets stand in braces of their own."""
 

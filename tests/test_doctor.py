@@ -3,11 +3,13 @@
 What real networks do is in tests/lan/test_doctor.py.
 """
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import socket
+import threading
 import time
 from random import Random
 
@@ -15,6 +17,7 @@ import jsonschema
 import pytest
 
 import mesh
+from mesh import diagnosis
 from mesh.core.address import Address
 from mesh.net import survey
 from mesh.surroundings import Announcement, Echo, Interface, Knock, Outcome, Surroundings
@@ -23,7 +26,7 @@ from nodes.cli import main
 from nodes.findings import Finding, fail, ok, warn
 from nodes.machine_checks import Case
 from nodes.network_checks import Reading, read_rules
-from tests.helpers import REPOSITORY
+from tests.helpers import DEADLINE_S, REPOSITORY, free_port
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "mesh.doctor.1.json").read_text())
 
@@ -373,6 +376,62 @@ def test_no_packet_that_anybody_may_send_ends_a_survey():
         packets.append(bytes(packet[: chance.randrange(len(packet))]))
     for packet in packets:
         assert isinstance(survey._records(packet), list)
+
+
+@contextlib.contextmanager
+def listener(answer):
+    """A port of loopback where each connection gets `answer(connection)`; yields its address."""
+
+    def serve():
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = listening.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.settimeout(DEADLINE_S)
+                    answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield Address("127.0.0.1", listening.getsockname()[1])
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join(DEADLINE_S)
+
+
+def test_a_knock_tells_who_is_behind_an_address_as_a_node_would(made, monkeypatch):
+    monkeypatch.setattr(survey, "LISTEN_S", 0.1)
+    monkeypatch.setattr(diagnosis, "KNOCK_S", 0.8)
+    monkeypatch.setattr(diagnosis, "PLAIN_S", 0.4)
+    ours, other = map(mesh.load, made)
+    contexts = [one.context(server=True) for one in (ours, other)]
+
+    def tls(context):
+        return lambda connection: context.wrap_socket(connection, server_side=True).recv(1)
+
+    with contextlib.ExitStack() as stack:
+        node, stranger, web = (
+            stack.enter_context(listener(answer))
+            for answer in (tls(contexts[0]), tls(contexts[1]), lambda c: c.sendall(b"HTTP/1.1 400"))
+        )
+        stopped = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stuck = Address("127.0.0.1", stopped.getsockname()[1])
+        wanted = {
+            node: (Outcome.NODE, ours.node),
+            stranger: (Outcome.OTHER_MESH, ""),
+            web: (Outcome.STRANGER, ""),
+            stuck: (Outcome.STUCK, ""),
+            Address("127.0.0.1", free_port()): (Outcome.REFUSED, ""),
+            Address("no..name", 1): (Outcome.SILENT, ""),
+        }
+        addresses = [str(address) for address in wanted] * 2
+        seen = mesh.look_around(ours, interfaces=("lo",), listens=(), addresses=addresses)
+    assert {one.address: (one.outcome, one.node) for one in seen.knocks} == wanted
+    assert len(seen.knocks) == len(wanted), "each once"
+    assert [one.name for one in seen.interfaces if one.looked_at] == ["lo"]
+    [heard] = seen.echoes
+    assert (heard.interface, heard.looped, heard.error) == ("lo", True, "")
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -191,6 +191,12 @@ def test_a_peer_that_answers_and_every_other_thing_that_is_well_are_ok(ward: War
     assert "imports and multiplies" in ward.found(studio, "torch", "ok") or "longer" in slow
 
 
+def test_a_look_leaves_no_mark_on_those_that_are_looked_at(ward: Ward) -> None:
+    status = ward.pi4.status()
+    assert status["refused"] == {}
+    assert status["peers"]["alive"] == 1
+
+
 def test_a_firewall_that_drops_or_rejects_tcp_is_told_from_mdns_that_passes(ward: Ward) -> None:
     dropped, rejected = (one.node[:8] for one in (ward.kitchen, ward.pantry))
     found = ward.found(ward.studio, "peers", "fail")
