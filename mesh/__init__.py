@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mesh.attachment import Statistics
     from mesh.checkpoint import CheckpointInfo, load
     from mesh.client import RunningNode, ask, find_node, question, running_nodes
+    from mesh.diagnosis import earlier_peers, look_around
     from mesh.errors import (
         IdentityError,
         MeshError,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from mesh.identity import (
+        Identity,
+        check_identity,
         create_mesh,
         is_member,
         join_mesh,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulation import SimulationReport, simulate
+    from mesh.surroundings import Announcement, Interface, Outcome, Surroundings
     from mesh.training import JoinedNode, join
 
 __version__ = "0.1.0"
@@ -59,6 +63,14 @@ _HOMES = {
     "QuasiGlobalSGD": "momentum",
     "read_token": "identity",
     "rename": "identity",
+    "check_identity": "identity",
+    "Identity": "identity",
+    "earlier_peers": "diagnosis",
+    "look_around": "diagnosis",
+    "Announcement": "surroundings",
+    "Interface": "surroundings",
+    "Outcome": "surroundings",
+    "Surroundings": "surroundings",
     "ask": "client",
     "find_node": "client",
     "question": "client",
@@ -83,8 +95,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Announcement",
     "CheckpointInfo",
+    "Identity",
     "IdentityError",
+    "Interface",
     "JoinedNode",
     "MeshError",
     "NodeNotRunning",
@@ -92,6 +107,7 @@ __all__ = [
     "NodeRefused",
     "NodeSettings",
     "NodeTimeout",
+    "Outcome",
     "PeersMissing",
     "PullProgress",
     "PulledModel",
@@ -99,15 +115,19 @@ __all__ = [
     "RunningNode",
     "SimulationReport",
     "Statistics",
+    "Surroundings",
     "UsageError",
     "ask",
+    "check_identity",
     "create_mesh",
+    "earlier_peers",
     "find_node",
     "is_member",
     "join",
     "join_mesh",
     "leave_mesh",
     "load",
+    "look_around",
     "make_mesh_if_none",
     "parse_address",
     "pull_model",

@@ -37,7 +37,7 @@ from mesh.observer import Observer
 from mesh.replica import Replica
 from mesh.responder import Responder
 from mesh.run_statistics import RunStatistics, run_statistics
-from mesh.runs import Run, RunSpec, Tell, make_run
+from mesh.runs import Run, RunSpec, Tell, Totals, make_run
 
 INBOX_LIMIT: Final = 1024
 """Events that may wait for the loop; whoever brings more waits itself."""
@@ -53,6 +53,7 @@ class NodeStatistics:
     refused: dict[str, int]
     dropped: int
     notes: tuple[str, ...]
+    totals: Totals
 
 
 class Node:
@@ -164,6 +165,7 @@ class Node:
             refused=dict(self._links.refused),
             dropped=self._links.dropped,
             notes=self.journal.notes,
+            totals=self._initiator.totals,
         )
 
     def members(self) -> tuple[Member, ...]:
@@ -234,6 +236,7 @@ class Node:
             # for this run may reach the next one.
             await self._send_and_wait(ev.RunDetached(run=run.name))
             del self._runs[run.name]
+            self._initiator.totals.run_ended(run.counters)
 
     @property
     def own(self) -> Member:

@@ -124,6 +124,12 @@ def _node_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="other members may pause, resume, set and stop what runs here",
     )
+    parser.add_argument(
+        "--metrics",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus text on this port of 127.0.0.1",
+    )
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +212,27 @@ def _pull_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    _question_flags(parser)
+    parser.add_argument(
+        "--interface",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="look at this network interface only (repeatable; default: all but loopback)",
+    )
+
+
+def _service_flags(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    add = actions.add_parser("install", help="write it; it will run `mesh up` with these flags")
+    _node_flags(add)
+    add.add_argument("--print", action="store_true", help="show it, write nothing")
+    actions.add_parser("uninstall", help="stop and remove it")
+    look = actions.add_parser("status", help="whether it is there and runs (exit code 4: not)")
+    look.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _sim_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument(
@@ -229,6 +256,7 @@ def _settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":
         mdns=not arguments.no_mdns,
         peers=tuple(mesh.parse_address(peer) for peer in arguments.peer),
         allow_control=arguments.allow_control,
+        metrics=arguments.metrics,
     )
 
 
@@ -278,6 +306,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from nodes import runner
 
     return runner.run(_settings(arguments), arguments.script, arguments.args)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from nodes import doctor
+
+    interfaces = tuple(arguments.interface)
+    return doctor.run(arguments.state, arguments.node, interfaces, as_json=arguments.json)
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    from nodes import service
+
+    match arguments.action:
+        case "install":
+            settings = _settings(arguments)
+            return service.install(settings, service.manager(), only_print=arguments.print)
+        case "uninstall":
+            return service.uninstall(service.manager())
+        case _:
+            return service.show(service.manager(), as_json=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -345,6 +393,10 @@ COMMANDS = {
     "resume": Command("average again", _change_flags, _question("resume")),
     "set": Command("change a run: every=STEPS between hand-overs", _set_flags, _question("set")),
     "ls": Command("the nodes that run on this machine", _json_flag, _question("ls")),
+    "doctor": Command(
+        "what keeps this node from working, and what mends it", _doctor_flags, _doctor
+    ),
+    "service": Command("a node that starts with this machine", _service_flags, _service),
     "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
     "sim": Command("simulated meshes live under faults, each from one seed", _sim_flags, _sim),
 }

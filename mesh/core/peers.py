@@ -133,8 +133,8 @@ class Peers:
         if contact is None or contact.node in self.contacts.connections:
             return []
         effects: list[ev.Effect] = []
-        if contact.by_hand and contact.reason != event.reason:
-            contact.reason = event.reason
+        before, contact.reason = contact.reason, event.reason
+        if contact.by_hand and before != event.reason:
             text = f"peer {contact.addresses[0]}: {event.reason}"
             effects.append(ev.Note(text=text, kind="unreached"))
         member = self.membership.others.get(contact.node) if contact.node else None
@@ -144,6 +144,20 @@ class Peers:
                 found = self.detector.refused(member.node, now, event.reason)
                 effects += self.found(found, now)
         return effects
+
+    def undialled(self, now: float) -> tuple[tuple[str, Address, str], ...]:
+        """(name, address, why not) of those that mDNS shows and that cannot be reached from here.
+
+        Not of those that the mesh says are gone: mDNS goes on showing them.
+        """
+        found = []
+        for contact in self.contacts.undialled(now):
+            rows = self.membership.others.items()
+            row = next((row for node, row in rows if node.startswith(contact.key)), None)
+            if row is None or row.state is State.ALIVE:
+                who = row.name if row else contact.key[:8]
+                found.append((who, contact.addresses[0], contact.reason))
+        return tuple(found)
 
     def incompatible(self, event: ev.PeerIncompatible, now: float) -> list[ev.Effect]:
         if event.contact is not None:
