@@ -313,6 +313,7 @@ class JoinedNode:
         if not session.take_events(self._patience):
             session.want()
             return
+        self._every = session.every or self._every  # `mesh set every=`
         self._post(session, waits=self._patience > 0)
         if self._patience and session.take_events(self._patience):
             # It arrived before any step was made since the post: it is the model.

@@ -63,6 +63,7 @@ FLOORS = {
     "mesh/bench.py": 3,
     "mesh/records.py": 3,
     "mesh/answers.py": 3,
+    "mesh/arguments.py": 3,
     "mesh/history.py": 1,
     "mesh/journal.py": 3,
     "mesh/node.py": 3,
@@ -103,7 +104,7 @@ HOMES = {
     "safetensors": ["mesh/checkpoint.py"],
     "platformdirs": ["mesh/places.py"],
     "prometheus_client": ["mesh/metrics.py"],
-    "argparse": ["nodes/cli.py"],
+    "argparse": ["nodes/cli.py", "nodes/flags.py"],
     "rich": ["nodes"],
 }
 """One home each: nothing else imports it."""

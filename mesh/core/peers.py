@@ -135,8 +135,8 @@ class Peers:
         effects: list[ev.Effect] = []
         before, contact.reason = contact.reason, event.reason
         if contact.by_hand and before != event.reason:
-            text = f"peer {contact.addresses[0]}: {event.reason}"
-            effects.append(ev.Note(text=text, kind="unreached"))
+            said = f"peer {contact.addresses[0]}: {event.reason}"
+            effects.append(ev.Note(text=said, kind="unreached"))
         member = self.membership.others.get(contact.node) if contact.node else None
         if member is not None and member.state <= State.SUSPECT:
             self.detector.watch(member.node, now)  # others are asked whether they reach it
