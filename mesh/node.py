@@ -34,6 +34,7 @@ from mesh.errors import (
     UsageError,
 )
 from mesh.frames import send_frame
+from mesh.inbox import Inbox
 from mesh.initiator import Initiator
 from mesh.links import Incompatible, Itself, Links, Peer, Twin, dial, greet
 from mesh.net.transport import Candidate, Discovery, Stream, Transport
@@ -89,20 +90,20 @@ class Node:
         self._note = note
         self._codecs = make_codecs(rng)
         self._protocol = MeshProtocol(first_row(node, name, incarnation, ()), rng)
-        self._put, self._take = trio.open_memory_channel[ev.Event](INBOX_LIMIT)
-        self._links = Links(self._put.send)
+        self._inbox = Inbox[ev.Event](INBOX_LIMIT)
+        self._links = Links(self._inbox.send)
         self._runs: dict[str, Run] = {}
         self._initiator = Initiator(
             self._runs,
             connect=self._connect_bulk,
-            emit=self._put.send,
+            emit=self._inbox.send,
             info_of=self._protocol.run_info,
             refused=self.count_refused,
         )
         self._responder = Responder(
             node,
             self._runs,
-            emit=self._put.send,
+            emit=self._inbox.send,
             info_of=self._protocol.run_info,
             refused=self.count_refused,
         )
@@ -190,7 +191,7 @@ class Node:
             if isinstance(error, NotFinite):
                 raise UsageError(f"{error}; nothing was shared") from None
             raise
-        await self._put.send(
+        await self._inbox.send(
             ev.RunAttached(
                 run=spec.run,
                 schema=spec.schema,
@@ -209,7 +210,7 @@ class Node:
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""
         if self._runs.get(run.name) is run:
-            await self._put.send(ev.Posted(run=run.name, waits=waits))
+            await self._inbox.send(ev.Posted(run=run.name, waits=waits))
 
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
@@ -237,9 +238,7 @@ class Node:
 
     async def _next_event(self) -> ev.Event | None:
         """What happened next, or None when a deadline passed. The simulator stops a node here."""
-        with trio.move_on_at(self._protocol.next_deadline()):
-            return await self._take.receive()
-        return None
+        return await self._inbox.receive(self._protocol.next_deadline())
 
     async def _turn(self) -> None:
         event = await self._next_event()
@@ -258,7 +257,7 @@ class Node:
         if self._ended:
             return
         self._awaited[id(event)] = handled = trio.Event()
-        await self._put.send(event)
+        await self._inbox.send(event)
         await handled.wait()
 
     def _perform(self, effect: ev.Effect) -> None:
@@ -327,7 +326,7 @@ class Node:
     def _offer_event(self, event: ev.Event) -> None:
         """For callers that cannot wait; what does not fit will be said again by its source."""
         try:
-            self._put.send_nowait(event)
+            self._inbox.send_nowait(event)
         except trio.WouldBlock:
             self._links.dropped += 1
 
@@ -344,7 +343,7 @@ class Node:
         except Incompatible as error:
             await self._report_incompatible(error, None)
         except Twin as error:
-            await self._put.send(ev.TwinMet(host=error.host))
+            await self._inbox.send(ev.TwinMet(host=error.host))
         except RemoteProtocolError as error:
             self.count_refused("non_finite" if isinstance(error, NotFinite) else "protocol")
             with contextlib.suppress(MeshError), trio.move_on_after(LAST_WORD_S):
@@ -365,11 +364,11 @@ class Node:
             await self._report_incompatible(error, effect.contact)
             return
         except Twin as error:
-            await self._put.send(ev.TwinMet(host=error.host))
+            await self._inbox.send(ev.TwinMet(host=error.host))
             return
         except MeshError as error:
             refused, itself = isinstance(error, ConnectionRefused), isinstance(error, Itself)
-            await self._put.send(
+            await self._inbox.send(
                 ev.DialFailed(
                     contact=effect.contact, refused=refused, reason=str(error), itself=itself
                 )
@@ -378,7 +377,7 @@ class Node:
         await self._links.run(peer, effect.contact)
 
     async def _report_incompatible(self, error: Incompatible, contact: str | None) -> None:
-        await self._put.send(
+        await self._inbox.send(
             ev.PeerIncompatible(
                 node=error.node, name=error.name, reason=str(error), contact=contact
             )

@@ -14,7 +14,7 @@ from trio._core import _run as trio_run
 
 from mesh.alarm import JumpClock
 
-SELDOM: Final = 100_000
+SELDOM: Final = 10_000_000
 """Allocations between two looks for cycles: at 700, Python's own, that is a tenth of the time."""
 
 Result = TypeVar("Result")

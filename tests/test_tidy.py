@@ -31,6 +31,7 @@ FLOORS = {
     "mesh/places.py": 1,
     "mesh/settings.py": 1,
     "mesh/alarm.py": 1,
+    "mesh/inbox.py": 1,
     "mesh/disk.py": 1,
     "mesh/simulated_disk.py": 1,
     "mesh/storage.py": 1,

@@ -185,14 +185,17 @@ class Peers:
             self.reasons.pop(node, None)
         if self.membership.large:
             self.detector.watch_only_connected()
-        others = self.membership.others.values()
-        missing = [m for m in others if m.node not in self.contacts.connections]
-        living = [m for m in missing if m.state <= State.SUSPECT]
-        dead = [m for m in missing if m.state is State.DEAD]
-        if self.membership.large and living:
-            lacking = max(1, DIAL_BELOW - len(self.contacts.connections))
-            living = self._rng.sample(living, min(lacking, len(living)))
-        for member in living + ([self._rng.choice(dead)] if dead else []):
+        others, connected = self.membership.others, self.contacts.connections
+        living = self.membership.living_others()
+        most = len(living)
+        if self.membership.large:
+            most = max(1, DIAL_BELOW - len(connected))
+            # So many that enough of them are not connected: a thousand rows need not be looked at.
+            living = self._rng.sample(living, min(most + len(connected), len(living)))
+        missing = [others[node] for node in living if node not in connected][:most]
+        ended = self.membership.ended_others()
+        dead = [m for m in ended if m.state is State.DEAD and m.node not in connected]
+        for member in missing + ([self._rng.choice(dead)] if dead else []):
             self._look_for(member, now, wanted=True)
 
     def _look_for(self, member: Member, now: float, *, wanted: bool) -> None:
@@ -237,7 +240,7 @@ class Peers:
         if member is not None and member.state is State.ALIVE:
             silent_s = self.detector.silent_for_s(node, now) or 0.0
             self.reasons[node] = f"no answer for {silent_s:.1f} s"
-            text = f"{row.name} ({short(node)}) is suspect: {self.reasons[node]}"
+            text = f"{_label(row)} is suspect: {self.reasons[node]}"
             effects.append(ev.Note(text=text))
         return effects + self.gossip.news([row]) + self._suspected(row, now, since)
 
@@ -254,7 +257,7 @@ class Peers:
         if row is not None:
             self.reasons[node] = reason
             self._news.append(row)
-            effects.append(ev.Note(text=f"{row.name} ({short(node)}) is dead: {reason}"))
+            effects.append(ev.Note(text=f"{_label(row)} is dead: {reason}"))
             effects += self.gossip.news([row])
         return effects
 
@@ -299,7 +302,7 @@ class Peers:
         # Who is dead here and alive there: a death is told for a while only, so this is how two
         # tables agree later, and how the member itself comes to hear of it and refutes.
         zombies = [row for r in rows if (row := self.membership.ended(r)) is not None]
-        effects = self.gossip.send(source, *pages(zombies))
+        effects = self.gossip.send(source, *pages(zombies)) if zombies else []
         if not news:
             return effects
         if news[0].node == self._me:
@@ -318,14 +321,13 @@ class Peers:
     def _row_changed(self, row: Member, now: float, *, known: bool) -> list[ev.Effect]:
         self._news.append(row)
         connection = self.contacts.connections.get(row.node)
-        label = f"{row.name} ({short(row.node)})"
-        if row.state <= State.SUSPECT and connection is None and not self.membership.large:
+        if connection is None and not self.membership.large and row.state <= State.SUSPECT:
             self._look_for(row, now, wanted=False)
         match row.state:
             case State.ALIVE:
                 self.detector.cleared(row.node)
                 back = self.reasons.pop(row.node, None)
-                return [ev.Note(text=f"{label} is alive again")] if back else []
+                return [ev.Note(text=f"{_label(row)} is alive again")] if back else []
             case State.SUSPECT:
                 self.reasons.setdefault(row.node, "no answer, says another member")
                 # It refutes as soon as it hears of it.
@@ -340,7 +342,9 @@ class Peers:
             case State.LEFT:
                 self.detector.forget(row.node)
                 self.contacts.drop(row.node)
-                effects: list[ev.Effect] = [ev.Note(text=f"{label} left")] if known else []
+                effects: list[ev.Effect] = []
+                if known:
+                    effects.append(ev.Note(text=f"{_label(row)} left"))
                 if connection is not None:
                     effects.append(ev.Hangup(connection=connection.number, reason="you left"))
                 return effects
@@ -365,3 +369,7 @@ class Peers:
             return []
         self._stored = spent + INCARNATION_BLOCK
         return [ev.StoreIncarnation(incarnation=self._stored)]
+
+
+def _label(row: Member) -> str:
+    return f"{row.name} ({short(row.node)})"
