@@ -37,6 +37,7 @@ class Inbox(Generic[Item]):
 
     async def receive(self, until: float) -> Item | None:
         """The next item, or None once `until` is there and nothing came."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             item = self._take.receive_nowait()
         except trio.WouldBlock:
