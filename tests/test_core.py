@@ -1,5 +1,6 @@
 """The pure core: laws of the member table, of first weights, of one exchange's counting."""
 
+import math
 from itertools import permutations
 from random import Random
 
@@ -11,6 +12,7 @@ from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.contacts import (
     CROSSING_S,
+    DIAL_BELOW,
     FIRST_RETRY_S,
     GIVEN_UP_LIMIT,
     GIVEN_UP_S,
@@ -152,6 +154,29 @@ def test_of_two_that_hear_of_each_other_at_once_the_lower_id_dials_first():
     assert len(lower.due(0.0)) == 1
     assert higher.due(0.0) == []
     assert len(higher.due(CROSSING_S)) == 1
+
+
+def test_whoever_dialled_first_is_not_dialled_as_well():
+    contacts = Contacts(ME, Random(1))
+    contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
+    connect(contacts, A, 1)
+    assert contacts.next_deadline() == math.inf
+    assert contacts.due(CROSSING_S) == []
+    contacts.lost(A, 1, 2.0)
+    assert [contact.node for contact in contacts.due(2.0)] == [A], "from then on it is"
+
+
+@pytest.mark.parametrize(("shown", "in_the_end"), [(20, 20), (200, DIAL_BELOW)])
+def test_of_many_that_mdns_shows_at_once_the_first_are_dialled_and_others_once_it_is_known_how_many(
+    shown, in_the_end
+):
+    contacts = Contacts(NodeId("a" * 16), Random(1))
+    dialled = 0
+    for k in range(shown):
+        contacts.suggest(AT, 0.0, source="mdns", hint=f"node{k:04}" + "a" * 8)
+        dialled += len(contacts.due(0.0))
+    assert dialled == DIAL_BELOW
+    assert dialled + len(contacts.due(CROSSING_S)) == in_the_end
 
 
 def test_what_was_given_by_hand_is_retried_for_ever_and_a_rumour_is_not():

@@ -156,7 +156,8 @@ class Contacts:
         if contact.dial_at == math.inf or news:
             contact.attempts = 0
             crossing = source in ("mdns", "member") and not wanted and self._own > (node or hint)
-            contact.dial_at = now + (CROSSING_S if crossing else 0.0)
+            early = source == "mdns" and self._dials_many()
+            contact.dial_at = now + CROSSING_S * (crossing + early)
         if limited is not self.limited:
             self._deadline = None
         elif self._deadline is not None and contact.dial_at < self._deadline and self._may(contact):
@@ -222,6 +223,8 @@ class Contacts:
             found.dialling, found.node, found.wanted = False, node, False
             found.dial_at, found.reason, found.attempts = math.inf, "", found.flaps
             via = found.source
+        elif (heard := self._contacts.get(node[:HINT_LENGTH])) is not None:
+            heard.node = node  # it dialled first: there is no need to dial it as well
         new = Connection(
             number=number,
             dialled_by=node if contact is None else self._own,
@@ -313,6 +316,10 @@ class Contacts:
     def _may(self, contact: Contact) -> bool:
         """Whether its time is all that it waits for."""
         return self._wants_dial(contact) and (self._must(contact) or self._room() > 0)
+
+    def _dials_many(self) -> bool:
+        """Whether who is heard of now may wait until mDNS has shown how large the mesh is."""
+        return not self.limited and sum(c.dialling for c in self._contacts.values()) >= DIAL_BELOW
 
     def _remove(self, key: str) -> None:
         self._announced -= self._contacts.pop(key).source == "mdns"
