@@ -202,6 +202,12 @@ def test_torch_is_tried_where_it_can_do_no_harm(tmp_path, monkeypatch, text, lev
     assert (found[0], words in found[1]) == (level, True), found
 
 
+def test_the_real_torch_gives_the_product_that_is_asked_for(capsys):
+    """In this process, where others have loaded it."""
+    exec(compile(machine_checks.MULTIPLY, "multiply", "exec"), {})  # noqa: S102 (our own text)
+    assert capsys.readouterr().out.split()[1] == str(machine_checks.PRODUCT)
+
+
 # -------------------------------------------------------------------------------- the network
 
 LAN = Interface(name="eth0", networks=("192.168.1.20/24",), kind="lan", looked_at=True)
