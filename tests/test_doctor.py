@@ -325,6 +325,9 @@ def test_a_node_that_its_own_machine_cannot_reach_is_told():
     status = {"node": {"addresses": [str(here)]}}
     heard = echo(others=("192.168.1.9",))
     assert read(heard, knocks=[knock(Outcome.NODE, here, OWN)], status=status) == []
+    seen = Surroundings(protocol="4", interfaces=(LAN,), echoes=(heard,), knocks=())
+    told = Reading(case("/state", status=status), None, seen).findings()
+    assert not [one for one in told if one.check == "port"], "what nobody tried is not told"
     [(check, level, text)] = read(heard, knocks=[knock(Outcome.SILENT, here)], status=status)
     assert (check, level, "silent" in text) == ("port", "fail", True)
     [(check, _, text)] = read(heard, knocks=[knock(Outcome.NODE, here, PEER)], status=status)
@@ -368,6 +371,8 @@ def test_rules_of_this_machine_are_a_hint_only():
     ):
         assert only(read_rules(chain.format(body), 7710))[0] == level, body
     assert only(read_rules("", 7710))[0] == "ok"
+    allowed = chain.format(hook.format("drop")) + "chain user {\n tcp dport 7710 accept\n}"
+    assert only(read_rules(allowed, 7710))[0] == "ok", "as ufw writes it"
 
 
 def test_no_packet_that_anybody_may_send_ends_a_survey():
