@@ -69,7 +69,7 @@ class Reading:
         return {
             "containers": "; only containers are behind it, so other machines skip its address",
             "vpn": "; a VPN: it seldom carries multicast, give an address with --peer",
-            "loopback": " alone: no other machine can be reached",
+            "loopback": "; it reaches no other machine",
         }.get(kind, "")
 
     def multicast(self) -> Iterator[Finding]:
@@ -101,7 +101,9 @@ class Reading:
         """Whether the node that runs here can be reached where it says."""
         for address in self._listens:
             knock = self._seen.knock(address)
-            if knock is None or knock.node == self._own != "":
+            if knock is None:
+                continue  # without papers nobody can knock: identity says so
+            if knock.node == self._own:
                 yield ok("port", f"{address} answers")
             elif knock.outcome is mesh.Outcome.NODE:
                 text = f"{address} is answered by another node, {knock.node[:8]}"
@@ -301,7 +303,8 @@ def read_rules(rules: str, port: int) -> list[Finding]:
     named = [line for line in bars if re.search(rf"\b({port}|5353)\b", line)]
     if named:
         return [warn("firewall", f"a rule here may keep others out: {named[0]}", cure)]
-    opened = [line for line in lines if re.search(rf"\b{port}\b.*\baccept\b", line)]
+    # Wherever that is: ufw keeps what is allowed in chains that its own lead to.
+    opened = re.search(rf"\b{port}\b.*\baccept\b", rules)
     if bars and not opened:
         text = f"rules here drop what comes in, and none lets TCP {port} pass by name"
         return [warn("firewall", text, cure)]

@@ -237,8 +237,15 @@ def look(where: Manager) -> dict[str, Any]:
         "installed": where.path.exists(),
         "active": active,
         "enabled": enabled,
-        "lingers": (where.linger / getpass.getuser()).exists() if where.kind == "systemd" else None,
+        "lingers": _lingers(where) if where.kind == "systemd" else None,
     }
+
+
+def _lingers(where: Manager) -> bool:
+    try:
+        return (where.linger / getpass.getuser()).exists()
+    except KeyError:  # a container's user may have no name
+        return False
 
 
 def _asked(question: str) -> str:

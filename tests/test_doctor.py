@@ -202,6 +202,12 @@ def test_torch_is_tried_where_it_can_do_no_harm(tmp_path, monkeypatch, text, lev
     assert (found[0], words in found[1]) == (level, True), found
 
 
+def test_the_real_torch_gives_the_product_that_is_asked_for(capsys):
+    """In this process, where others have loaded it."""
+    exec(compile(machine_checks.MULTIPLY, "multiply", "exec"), {})  # noqa: S102 (our own text)
+    assert capsys.readouterr().out.split()[1] == str(machine_checks.PRODUCT)
+
+
 # -------------------------------------------------------------------------------- the network
 
 LAN = Interface(name="eth0", networks=("192.168.1.20/24",), kind="lan", looked_at=True)
@@ -319,6 +325,9 @@ def test_a_node_that_its_own_machine_cannot_reach_is_told():
     status = {"node": {"addresses": [str(here)]}}
     heard = echo(others=("192.168.1.9",))
     assert read(heard, knocks=[knock(Outcome.NODE, here, OWN)], status=status) == []
+    seen = Surroundings(protocol="4", interfaces=(LAN,), echoes=(heard,), knocks=())
+    told = Reading(case("/state", status=status), None, seen).findings()
+    assert not [one for one in told if one.check == "port"], "what nobody tried is not told"
     [(check, level, text)] = read(heard, knocks=[knock(Outcome.SILENT, here)], status=status)
     assert (check, level, "silent" in text) == ("port", "fail", True)
     [(check, _, text)] = read(heard, knocks=[knock(Outcome.NODE, here, PEER)], status=status)
@@ -362,6 +371,8 @@ def test_rules_of_this_machine_are_a_hint_only():
     ):
         assert only(read_rules(chain.format(body), 7710))[0] == level, body
     assert only(read_rules("", 7710))[0] == "ok"
+    allowed = chain.format(hook.format("drop")) + "chain user {\n tcp dport 7710 accept\n}"
+    assert only(read_rules(allowed, 7710))[0] == "ok", "as ufw writes it"
 
 
 def test_no_packet_that_anybody_may_send_ends_a_survey():
