@@ -346,7 +346,9 @@ def test_figures_of_others_are_the_newest_and_only_of_what_the_table_knows():
     table.heard([report(node_id(1), "toy", 4, 40)], 10.0)
     assert table.of(node_id(1), "toy", 11.0) == (figures(50), 3.0)
     table.heard([report(node_id(1), "other", 1, 1), report(node_id(9), "toy", 1, 1)], 10.0)
-    assert table._count == 1, "no such run there, and no such member"
+    table.heard([report(node_id(1), "toy", 2 << 32, 9), report(node_id(0), "toy", 9, 9)], 10.0)
+    assert table._count == 1, "no such run there, no such member, and no such serial yet"
+    assert table.of(node_id(1), "toy", 11.0) == (figures(50), 3.0)
     told = [table.news(10.0) for _ in range(TELLINGS + 1)]
     assert told[-1] is None, "everybody has heard it"
     assert told[0].reports[0].age_ms == 2000

@@ -49,12 +49,20 @@ class ReportTable:
 
     def heard(self, reports: Iterable[Report], now: float) -> None:
         """What another node knows."""
+        own = self._membership.own.node
         for report in reports:
             held = self._kept.get(report.node, {}).get(report.run)
-            if held is not None and held.report.serial >= report.serial:
+            if report.node == own or (held is not None and held.report.serial >= report.serial):
                 continue
-            if self._trains(report.node, report.run) and (held or self._count < REPORTS_KEPT):
+            if not self._trains(report.node, report.run) or self._invented(report):
+                continue
+            if held is not None or self._count < REPORTS_KEPT:
                 self._keep(report, now - report.age_ms / 1000)
+
+    def _invented(self, report: Report) -> bool:
+        """Whether its serial is beyond what its owner can have come to: it would never be replaced."""
+        row = self._membership.others[report.node]
+        return report.serial >> 32 > row.incarnation
 
     def news(self, now: float) -> Reports | None:
         """What to tell next; None if everything was told often enough."""
