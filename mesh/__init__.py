@@ -12,7 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mesh.attachment import Statistics
+    from mesh.checkpoint import CheckpointInfo, load
     from mesh.client import RunningNode, ask, find_node, question, running_nodes
+    from mesh.diagnosis import earlier_peers, look_around
     from mesh.errors import (
         IdentityError,
         MeshError,
@@ -23,27 +26,31 @@ if TYPE_CHECKING:
         UsageError,
     )
     from mesh.identity import (
+        Identity,
+        check_identity,
         create_mesh,
         is_member,
         join_mesh,
         leave_mesh,
-        load,
         read_token,
         rename,
     )
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
+    from mesh.momentum import QuasiGlobalSGD
     from mesh.places import state_directory
     from mesh.process import run_node
+    from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulation import SimulationReport, simulate
-    from mesh.training import JoinedNode, Statistics, join
+    from mesh.surroundings import Announcement, Interface, Outcome, Surroundings
+    from mesh.training import JoinedNode, join
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "join": "training",
     "JoinedNode": "training",
-    "Statistics": "training",
+    "Statistics": "attachment",
     "NodeSettings": "settings",
     "parse_address": "settings",
     "state_directory": "places",
@@ -51,9 +58,19 @@ _HOMES = {
     "join_mesh": "identity",
     "leave_mesh": "identity",
     "is_member": "identity",
-    "load": "identity",
+    "load": "checkpoint",
+    "CheckpointInfo": "checkpoint",
+    "QuasiGlobalSGD": "momentum",
     "read_token": "identity",
     "rename": "identity",
+    "check_identity": "identity",
+    "Identity": "identity",
+    "earlier_peers": "diagnosis",
+    "look_around": "diagnosis",
+    "Announcement": "surroundings",
+    "Interface": "surroundings",
+    "Outcome": "surroundings",
+    "Surroundings": "surroundings",
     "ask": "client",
     "find_node": "client",
     "question": "client",
@@ -63,6 +80,9 @@ _HOMES = {
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
+    "pull_model": "pulled",
+    "PulledModel": "pulled",
+    "PullProgress": "pulled",
     "simulate": "simulation",
     "SimulationReport": "simulation",
     "MeshError": "errors",
@@ -75,7 +95,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Announcement",
+    "CheckpointInfo",
+    "Identity",
     "IdentityError",
+    "Interface",
     "JoinedNode",
     "MeshError",
     "NodeNotRunning",
@@ -83,21 +107,30 @@ __all__ = [
     "NodeRefused",
     "NodeSettings",
     "NodeTimeout",
+    "Outcome",
     "PeersMissing",
+    "PullProgress",
+    "PulledModel",
+    "QuasiGlobalSGD",
     "RunningNode",
     "SimulationReport",
     "Statistics",
+    "Surroundings",
     "UsageError",
     "ask",
+    "check_identity",
     "create_mesh",
+    "earlier_peers",
     "find_node",
     "is_member",
     "join",
     "join_mesh",
     "leave_mesh",
     "load",
+    "look_around",
     "make_mesh_if_none",
     "parse_address",
+    "pull_model",
     "question",
     "read_token",
     "rename",

@@ -23,8 +23,10 @@ from mesh import report
 from mesh.answers import Answers, failure
 from mesh.arguments import Request
 from mesh.codec import EXACT, check_codec
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
+from mesh.core.strategies import PAIR, check_strategy
 from mesh.errors import MeshError, UsageError
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -80,6 +82,9 @@ class Control:
                 if request.get("op") == "attach":
                     await self._attach(lines, request)
                     return
+                if request.get("op") == "pull":
+                    await self._pull(lines, request)
+                    return
                 await lines.send(await self._answer(lines, request))
         except OSError:
             pass  # whoever asked went away
@@ -120,6 +125,27 @@ class Control:
     def _note_exit(self, run: str | None, script: str, pid: int, code: int | None) -> None:
         at_s = self._node.statistics().uptime_s
         self._exits.append(report.Exit(run=run, script=script, pid=pid, code=code, at_s=at_s))
+
+    async def _pull(self, lines: "_Lines", request: Request) -> None:
+        """`mesh pull`: until the model is there, or whoever asked goes away."""
+        async with trio.open_nursery() as nursery:
+
+            async def hear(event: Request, descriptor: int | None = None) -> None:
+                with contextlib.suppress(OSError):  # it went away: receive() below sees it too
+                    await lines.send(event, descriptor)
+
+            async def pull() -> None:
+                try:
+                    nodes = _whole(request, "peers", low=1)
+                    await self._node.observer.pull(str(request.get("run")), nodes, hear)
+                except (MeshError, MemoryError) as error:
+                    await hear(failure(error))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(pull)
+            with contextlib.suppress(OSError):
+                await lines.receive()
+            nursery.cancel_scope.cancel()
 
     # -------------------------------------------------------------------------------- trainings
 
@@ -292,12 +318,13 @@ def _spec(request: Request) -> RunSpec:
         raise UsageError(f"a model has 1..{ENTRIES_LIMIT} tensors")
     entries = tuple(_entry(item) for item in schema)
     codec = check_codec(request.get("codec", EXACT))
+    weight = _real(request, "weight", 0.0, 1e12)
     if not 0 < sum(math.prod(entry.shape) for entry in entries) <= MODEL_LIMIT_ENTRIES:
         raise UsageError(f"a model has 1..{MODEL_LIMIT_ENTRIES:,} numbers")
     return RunSpec(
         run=name,
         entries=entries,
-        weight=_real(request, "weight", 0.0, 1e12),
+        weight=weight,
         every=_whole(request, "every", low=1),
         sync_timeout_s=_real(request, "sync_timeout_s", 0.0, 86400.0),
         pid=_whole(request, "pid"),
@@ -305,6 +332,9 @@ def _spec(request: Request) -> RunSpec:
         started=request.get("started") is True,
         exchanged=request.get("exchanged") is True,
         codec=codec,
+        strategy=check_strategy(str(request.get("strategy", PAIR)), weight),
+        step=_whole({"step": 0, **request}, "step"),
+        clock=_real({"clock": 0.0, **request}, "clock", -CLOCK_LIMIT, CLOCK_LIMIT),
     )
 
 

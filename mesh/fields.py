@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.for_people import PIECE_CHARACTERS
 from mesh.core.messages import NodeId
 
@@ -49,6 +50,22 @@ def weight(value: Any) -> float:
     if type(value) is not float or not math.isfinite(value) or not 0 <= value <= 1e12:
         raise Invalid("a weight of 0..1e12")
     return value
+
+
+def length(value: Any) -> float:
+    if type(value) is not float or not 0 <= value < math.inf:
+        raise Invalid("a length from 0")
+    return value
+
+
+def clock(value: Any) -> float:
+    if type(value) is not float or not abs(value) <= CLOCK_LIMIT:  # NaN is not
+        raise Invalid(f"a mesh clock of at most {CLOCK_LIMIT:g} steps")
+    return value
+
+
+def optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
 
 
 def figure(value: Any) -> float | None:

@@ -307,6 +307,8 @@ class Links:
                     message=cast("ControlMessage", message),
                 )
                 await self._emit(received)
+                if reader.unread:  # else reading on waits, and others have their turn
+                    await trio.lowlevel.checkpoint()
         except RemoteProtocolError as error:
             self.refused["protocol"] += 1
             self.hang_up(number, str(error))

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from mesh import __version__
+from mesh.core.address import Address
 from mesh.core.messages import PROTOCOL, RunInfo
 from mesh.core.statistics import PeerStatistics
 from mesh.history import Rates
 from mesh.node import NodeStatistics
-from mesh.runs import RunStatistics
+from mesh.run_statistics import RunStatistics
 
 POOR_HEALTH: Final = 3
 """Local health from which a person should know: probes take four times as long."""
@@ -70,7 +71,7 @@ def status(
             "load": _number(load),
         },
         "mesh": {"id": mesh},
-        "health": _health(statistics),
+        "health": health(statistics),
         "peers": {
             kind: states.count(kind) for kind in ("alive", "suspect", "dead", "incompatible")
         },
@@ -134,11 +135,15 @@ def runs(statistics: NodeStatistics) -> dict[str, Any]:
     }
 
 
-def _health(statistics: NodeStatistics) -> list[str]:
+def health(statistics: NodeStatistics) -> list[str]:
     """Warnings, each with its cure; empty when all is well."""
     warnings = [
         f"peer {address}: {reason} (is `mesh up` running there, and its port open?)"
         for address, reason in statistics.protocol.unreached
+    ]
+    warnings += [
+        f"{name} seen by mDNS but TCP {_why(address, reason)} (firewall? run `mesh doctor`)"
+        for name, address, reason in statistics.protocol.undialled
     ]
     warnings += [
         f"{peer.name} is incompatible: {peer.reason}"
@@ -161,6 +166,14 @@ def _health(statistics: NodeStatistics) -> list[str]:
     return warnings
 
 
+def _why(address: Address, reason: str) -> str:
+    """Why a dial failed, in a few words."""
+    for words in ("refused", "does not answer"):
+        if words in reason:
+            return f"{address} {words}"
+    return f"{address} fails: {reason.removeprefix(f'{address}: ')}"
+
+
 def _run(run: RunStatistics, statistics: NodeStatistics) -> dict[str, Any]:
     counters = asdict(run.counters)
     names = {peer.node: peer.name for peer in statistics.protocol.peers}
@@ -174,8 +187,10 @@ def _run(run: RunStatistics, statistics: NodeStatistics) -> dict[str, Any]:
         "paused": run.paused,
         "weight": run.spec.weight,
         "codec": run.spec.codec,
+        "strategy": run.spec.strategy,
         "began": run.how,
         "step": run.step,
+        "mesh_step": run.mesh_step,
         "loss": _number(run.loss),
         "samples": run.samples,
         "partners": run.partners,

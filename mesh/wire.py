@@ -60,6 +60,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -67,11 +68,14 @@ from mesh.core.messages import (
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 from mesh.fields import (
     Invalid,
+    clock,
     figure,
     flag,
     host,
+    length,
     many,
     node_id,
+    optional,
     piece,
     rate,
     record,
@@ -125,6 +129,7 @@ _run_info = record(
     started=flag,
     exchanged=flag,
     progress=whole(0, 64),
+    strategy=text(16),
 )
 _row = record(
     Member,
@@ -145,6 +150,7 @@ def _member(value: Any) -> Member:
     return row
 
 
+_turn = record(Turn, view=text(16), position=_counter, step=length)
 _entry = record(SchemaEntry, name=text(256), shape=many(whole(0, 2**40), 16), dtype=text(16))
 _hello = record(
     Hello,
@@ -208,12 +214,24 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             exchanged=flag,
             progress=whole(0, 64),
             codec=text(16),
+            strategy=text(16),
+            first=_index,
+            end=optional(_index),
+            reach=optional(length),
+            turn=optional(_turn),
+            clock=clock,
         ),
     ),
-    (ExchangeOpened, record(ExchangeOpened, exchange=_counter, weight=weight)),
+    (ExchangeOpened, record(ExchangeOpened, exchange=_counter, weight=weight, clock=clock)),
     (
         ExchangeRefused,
-        record(ExchangeRefused, exchange=_counter, reason=_reason, unknown=flag),
+        record(
+            ExchangeRefused,
+            exchange=_counter,
+            reason=_reason,
+            unknown=flag,
+            position=optional(_counter),
+        ),
     ),
     (Fragment, record(Fragment, exchange=_counter, index=_index, received=_index)),
     (Delta, record(Delta, exchange=_counter, index=_index, halved=flag)),

@@ -141,10 +141,37 @@ def _run(arguments: argparse.Namespace) -> int:
     return runner.run(flags.settings(arguments), arguments.script, arguments.args)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from nodes import doctor
+
+    interfaces = tuple(arguments.interface)
+    return doctor.run(arguments.state, arguments.node, interfaces, as_json=arguments.json)
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    from nodes import service
+
+    match arguments.action:
+        case "install":
+            settings = flags.settings(arguments)
+            return service.install(settings, service.manager(), only_print=arguments.print)
+        case "uninstall":
+            return service.uninstall(service.manager())
+        case _:
+            return service.show(service.manager(), as_json=arguments.json)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from nodes import demo
 
     return demo.run(arguments.nodes, arguments.seconds, as_json=arguments.json)
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    node = mesh.find_node(arguments.state, arguments.node)
+    from nodes import pull
+
+    return pull.run(node, arguments.run, arguments.output, arguments.peers, as_json=arguments.json)
 
 
 def _sim(arguments: argparse.Namespace) -> int:
@@ -241,6 +268,7 @@ COMMANDS = {
         flags.question,
         _leave,
     ),
+    "pull": Command("write the current model of a run to a file", flags.pull, _pull),
     "status": Command("how a node is", flags.repeated, _question("status")),
     "peers": Command(
         "the other nodes, and why some cannot be used", flags.peers, _question("peers")
@@ -252,6 +280,10 @@ COMMANDS = {
     "bench": Command(
         "how fast weights can travel to another node", flags.bench, _question("bench")
     ),
+    "doctor": Command(
+        "what keeps this node from working, and what mends it", flags.doctor, _doctor
+    ),
+    "service": Command("a node that starts with this machine", flags.service, _service),
     "pause": Command("train on without averaging", flags.change, _question("pause")),
     "resume": Command("average again", flags.change, _question("resume")),
     "set": Command("change a run: every=STEPS between hand-overs", flags.setting, _question("set")),

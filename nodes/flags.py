@@ -52,6 +52,12 @@ def up(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="other members may pause, resume, set and stop what runs here",
     )
+    parser.add_argument(
+        "--metrics",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus text on this port of 127.0.0.1",
+    )
 
 
 def run(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +173,42 @@ def completion(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def pull(parser: argparse.ArgumentParser) -> None:
+    question(parser)
+    parser.add_argument("--run", required=True, metavar="NAME", help="the training's name")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the safetensors file to write"
+    )
+    parser.add_argument(
+        "--peers",
+        type=int,
+        default=3,
+        metavar="COUNT",
+        help="the mean of so many nodes' models; this one's own counts (default 3)",
+    )
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    question(parser)
+    parser.add_argument(
+        "--interface",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="look at this network interface only (repeatable; default: all but loopback)",
+    )
+
+
+def service(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    add = actions.add_parser("install", help="write it; it will run `mesh up` with these flags")
+    up(add)
+    add.add_argument("--print", action="store_true", help="show it, write nothing")
+    actions.add_parser("uninstall", help="stop and remove it")
+    look = actions.add_parser("status", help="whether it is there and runs (exit code 4: not)")
+    look.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long (default 30)")
@@ -196,4 +238,5 @@ def settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":
         mdns=not arguments.no_mdns,
         peers=tuple(mesh.parse_address(peer) for peer in arguments.peer),
         allow_control=arguments.allow_control,
+        metrics=arguments.metrics,
     )

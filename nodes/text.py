@@ -102,7 +102,7 @@ def _run(run: dict[str, Any]) -> list[str]:
     )
     moved = f"sent {size(run['bytes_sent'])}  received {size(run['bytes_received'])}"
     speed = f"{run['samples_s']:,.0f} samples/s"
-    steps = f"step {run['step']:,}  loss {figure(run['loss'])}  {speed}"
+    steps = f"step {run['step']:,} (mesh {run['mesh_step']:,})  loss {figure(run['loss'])}  {speed}"
     paused = "  paused: `mesh resume` goes on" if run["paused"] else ""
     last = "never"
     if run["last_exchange_s"] is not None:

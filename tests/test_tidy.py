@@ -27,11 +27,14 @@ FLOORS = {
     "mesh/buffers.py": 1,
     "mesh/codec.py": 1,
     "mesh/replica.py": 1,
+    "mesh/outer.py": 1,
     "mesh/shared.py": 1,
     "mesh/identity.py": 1,
     "mesh/places.py": 1,
     "mesh/settings.py": 1,
+    "mesh/surroundings.py": 1,
     "mesh/alarm.py": 1,
+    "mesh/inbox.py": 1,
     "mesh/disk.py": 1,
     "mesh/simulated_disk.py": 1,
     "mesh/storage.py": 1,
@@ -41,6 +44,11 @@ FLOORS = {
     "mesh/uninterrupted.py": 1,
     "mesh/launch.py": 1,
     "mesh/tensors.py": 1,
+    "mesh/batchnorm.py": 1,
+    "mesh/momentum.py": 1,
+    "mesh/plain_values.py": 1,
+    "mesh/generations.py": 1,
+    "mesh/checkpoint.py": 1,
     "mesh/net": 2,
     "mesh/frames.py": 3,
     "mesh/links.py": 3,
@@ -48,6 +56,9 @@ FLOORS = {
     "mesh/initiator.py": 3,
     "mesh/responder.py": 3,
     "mesh/runs.py": 3,
+    "mesh/run_statistics.py": 3,
+    "mesh/observer.py": 3,
+    "mesh/pulled.py": 1,
     "mesh/doors.py": 3,
     "mesh/desk.py": 3,
     "mesh/bench.py": 3,
@@ -60,8 +71,12 @@ FLOORS = {
     "mesh/report.py": 3,
     "mesh/control.py": 3,
     "mesh/process.py": 3,
+    "mesh/metrics.py": 3,
+    "mesh/diagnosis.py": 3,
     "mesh/__main__.py": 3,
     "mesh/attachment.py": 4,
+    "mesh/autosave.py": 4,
+    "mesh/keeper.py": 4,
     "mesh/faults.py": 4,
     "mesh/ledger.py": 4,
     "mesh/player.py": 4,
@@ -77,13 +92,19 @@ FLOORS = {
 
 HOMES = {
     "msgpack": ["mesh/wire.py"],
-    "zeroconf": ["mesh/net/mdns.py"],
+    "zeroconf": ["mesh/net/mdns.py", "mesh/net/survey.py"],
     "ifaddr": ["mesh/net/interfaces.py"],
     "ssl": ["mesh/identity.py", "mesh/net/tcp.py", "mesh/net/sockets.py"],
     "cryptography": ["mesh/identity.py", "mesh/net/sealed.py"],
     # The demo's training is a script such as users write; the programs around it load no torch.
-    "torch": ["mesh/training.py", "mesh/tensors.py", "nodes/demo_training.py"],
+    "torch": [
+        *("mesh/training.py", "mesh/tensors.py", "mesh/batchnorm.py", "mesh/momentum.py"),
+        *("mesh/checkpoint.py", "mesh/plain_values.py", "mesh/autosave.py", "mesh/keeper.py"),
+        "nodes/demo_training.py",
+    ],
+    "safetensors": ["mesh/checkpoint.py"],
     "platformdirs": ["mesh/places.py"],
+    "prometheus_client": ["mesh/metrics.py"],
     "argparse": ["nodes/cli.py", "nodes/flags.py"],
     "rich": ["nodes"],
 }
@@ -515,4 +536,4 @@ def test_asking_a_node_that_is_not_there_loads_no_heavy_library():
 def test_the_node_process_loads_no_torch():
     loaded = loaded_by("import mesh.__main__")
     assert {"trio", "numpy"} <= loaded
-    assert "torch" not in loaded
+    assert not loaded & {"torch", "prometheus_client"}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mesh import wire
 from mesh.core.address import Address
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.for_people import (
     ARGUMENTS_LIMIT,
     HOPS_LIMIT,
@@ -55,6 +56,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -118,6 +120,7 @@ counters = st.integers(0, 2**63)
 versions = st.integers(0, 2**64 - 1)
 indexes = st.integers(0, 2**32)
 weights = st.floats(0, 1e12)
+clocks = st.floats(-CLOCK_LIMIT, CLOCK_LIMIT)
 node_ids = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=8, max_size=64).map(NodeId)
 runs = st.builds(
     RunInfo,
@@ -126,6 +129,7 @@ runs = st.builds(
     started=st.booleans(),
     exchanged=st.booleans(),
     progress=st.integers(0, 64),
+    strategy=text(16),
 )
 addresses = (
     st.ip_addresses()
@@ -155,6 +159,7 @@ entries = st.builds(
     shape=st.lists(st.integers(0, 2**40), max_size=16).map(tuple),
     dtype=text(16),
 )
+turns = st.builds(Turn, view=text(16), position=counters, step=weights)
 rates = st.floats(0, 1e15)
 maybe_figures = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 reports = st.builds(
@@ -210,9 +215,21 @@ messages = st.one_of(
         exchanged=st.booleans(),
         progress=st.integers(0, 64),
         codec=text(16),
+        strategy=text(16),
+        first=indexes,
+        end=st.none() | indexes,
+        reach=st.none() | weights,
+        turn=st.none() | turns,
+        clock=clocks,
     ),
-    st.builds(ExchangeOpened, exchange=counters, weight=weights),
-    st.builds(ExchangeRefused, exchange=counters, reason=text(500), unknown=st.booleans()),
+    st.builds(ExchangeOpened, exchange=counters, weight=weights, clock=clocks),
+    st.builds(
+        ExchangeRefused,
+        exchange=counters,
+        reason=text(500),
+        unknown=st.booleans(),
+        position=st.none() | counters,
+    ),
     st.builds(Fragment, exchange=counters, index=indexes, received=indexes),
     st.builds(Delta, exchange=counters, index=indexes, halved=st.booleans()),
     st.builds(FinishExchange, exchange=counters),
@@ -384,6 +401,11 @@ def test_a_pickle_is_refused_and_never_unpacked(protocol):
     assert decoded_or_refused(pickle.dumps([3, 7], protocol)) is None
 
 
+def opened_with(weight, clock):
+    """An ExchangeOpened with these two numbers, whatever they are."""
+    return b"\x94\x08\x01\xcb" + struct.pack(">d", weight) + b"\xcb" + struct.pack(">d", clock)
+
+
 HOSTILE_HEADERS = {
     "an empty header": b"",
     "no list": b"\xc0",
@@ -407,9 +429,13 @@ HOSTILE_HEADERS = {
     "text with a surrogate": b"\x92\x01\xa3\xed\xa0\x80",
     "a sequence of 2^64 - 1": b"\x92\x03\xcf" + b"\xff" * 8,
     "a sequence that is no whole number": b"\x92\x03\xcb" + struct.pack(">d", 7.0),
-    "a weight that is not a number": b"\x93\x08\x01\xcb" + struct.pack(">d", float("nan")),
-    "an infinite weight": b"\x93\x08\x01\xcb" + struct.pack(">d", float("inf")),
-    "a negative weight": b"\x93\x08\x01\xcb" + struct.pack(">d", -1.0),
+    "a weight that is not a number": opened_with(float("nan"), 0.0),
+    "an infinite weight": opened_with(float("inf"), 0.0),
+    "a negative weight": opened_with(-1.0, 0.0),
+    "a mesh clock that is not a number": opened_with(1.0, float("nan")),
+    "an infinite mesh clock": opened_with(1.0, float("-inf")),
+    "a mesh clock of 1e16 steps": opened_with(1.0, 1e16),
+    "a mesh clock that is a whole number": b"\x94\x08\x01\xcb" + struct.pack(">d", 1.0) + b"\x05",
     "lists in lists, 64 KiB deep": b"\x91" * wire.HEADER_LIMIT_BYTES,
     "lists of 256 in lists, 64 KiB deep": b"\xdc\x01\x00" * (wire.HEADER_LIMIT_BYTES // 3),
 }

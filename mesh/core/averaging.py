@@ -21,10 +21,12 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     short,
 )
-from mesh.core.schedule import GoAhead, Partner, Schedule, Start
+from mesh.core.schedule import GoAhead, Partner, Schedule
 from mesh.core.schema import Schemas
+from mesh.core.strategies import Start
 
 RUNS_LIMIT = 16
 """Trainings on one node at a time, and runs in one row of the table."""
@@ -77,6 +79,7 @@ class Averaging:
                 schema=event.schema,
                 started=event.started,
                 exchanged=event.exchanged,
+                strategy=event.strategy,
             ),
             me=self._membership.own.node,
             now=now,
@@ -116,6 +119,15 @@ class Averaging:
             effects.append(ev.Begin(run=event.run, how=ev.Beginning.DONOR, donor=event.peer))
         return self.mark(event.run, exchanged=True) + effects
 
+    def exchange_answered(self, event: ev.ExchangeAnswered, now: float) -> list[ev.Effect]:
+        if event.run in self._runs:
+            self._runs[event.run].answered(event.turn, now)
+        return []
+
+    def out_of_turn(self, run: str, peer: NodeId, turn: Turn | None) -> tuple[str, int] | None:
+        """Why this request cannot be answered now, and this node's place in the rounds."""
+        return self._runs[run].out_of_turn(peer, turn) if run in self._runs else None
+
     def mark(self, name: str, *, exchanged: bool = False) -> list[ev.Effect]:
         """The run has begun, or even exchanged: from now on this node says so."""
         run = self._runs.get(name)
@@ -149,6 +161,8 @@ class Averaging:
 
     def row_changed(self, row: Member, now: float) -> list[ev.Effect]:
         """A member's row, or its connection, is another than before."""
+        if not self._runs:  # and nothing is known of anybody's schemas
+            return []
         self.peers_changed(now)
         if row.state is State.LEFT:
             self._schemas.forget(row.node)
@@ -179,6 +193,10 @@ class Averaging:
                         exchange=self._exchange,
                         pull=decision.pull,
                         rest=decision.rest,
+                        part=decision.part,
+                        clip=decision.clip,
+                        turn=decision.turn,
+                        resumes=decision.resumes,
                     )
                 )
             case GoAhead():
@@ -198,13 +216,15 @@ class Averaging:
     def _partners(self, run: Schedule) -> list[Partner]:
         """Connected peers of the same run and schema that nobody suspects: an exchange with one that
         is gone would keep the others waiting. In a large mesh, where few are connected, all members."""
-        mine = (run.info.run, run.info.schema)
+        mine = (run.info.run, run.info.schema, run.info.strategy)
         partners: list[Partner] = []
-        others = self._membership.others
-        for node in others if self._membership.large else self._connections:
-            member = others.get(node)
-            if member is not None and member.runs and member.state is State.ALIVE:
-                partners += [(node, i) for i in member.runs if (i.run, i.schema) == mine]
+        trains = self._membership.trains
+        for node in trains if self._membership.large else self._connections:
+            member = trains.get(node)
+            if member is not None and member.state is State.ALIVE:
+                partners += [
+                    (node, i) for i in member.runs if (i.run, i.schema, i.strategy) == mine
+                ]
         return partners
 
     # -------------------------------------------------------------------------------- schemas
@@ -244,8 +264,10 @@ class Averaging:
         for info in member.runs:
             mine = self.info(info.run)
             if mine is not None and mine.schema == info.schema:
-                return ""
-            if mine is not None:
+                if mine.strategy == info.strategy:
+                    return ""
+                reasons.append(f"strategy differs: {mine.strategy} here, {info.strategy} there")
+            elif mine is not None:
                 reasons.append(self._schemas.reason(member.node, info.run, info.schema))
         if reasons:
             return reasons[0]

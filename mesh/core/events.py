@@ -9,7 +9,7 @@ from enum import Enum
 
 from mesh.core.address import Address
 from mesh.core.for_people import Argument, Figures
-from mesh.core.messages import ControlMessage, Hello, NodeId, SchemaEntry
+from mesh.core.messages import ControlMessage, Hello, NodeId, SchemaEntry, Turn
 
 # ------------------------------------------------------------------------------------- events
 
@@ -98,6 +98,7 @@ class RunAttached:
     sync_timeout_s: float
     started: bool
     exchanged: bool
+    strategy: str = "pair"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,14 @@ class Posted:
     waits: bool
     figures: Figures | None = None
     """how the run does, for the others"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeAnswered:
+    """A partner's request at this place in the rounds was answered in full."""
+
+    run: str
+    turn: Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +150,11 @@ class ExchangeEnded:
     duration_s: float
     square_distance: float
     square_norm: float
+    clip: bool = False
+    ahead: int | None = None
+    """refused out of turn: the peer's place in the rounds"""
+    brought: int = 0
+    """fragments that a pull brought, whatever its outcome"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +204,7 @@ Event = (
     | RunDetached
     | Posted
     | WeightsServed
+    | ExchangeAnswered
     | ExchangeEnded
     | Ask
     | Performed
@@ -254,6 +269,14 @@ class StartExchange:
     exchange: int
     pull: bool
     rest: bool = False
+    part: int | None = None
+    """which part of the model in turn; None: all of it"""
+    clip: bool = False
+    """mix what was pulled, clipped, instead of taking it"""
+    turn: Turn | None = None
+    resumes: bool = False
+    """of a pull: it may go on where another donor's broke off. This donor has met the mesh; if the
+    last one had as well, the two hold nearly the same weights, and one model may come from both"""
 
 
 class Beginning(Enum):

@@ -55,6 +55,8 @@ class RunInfo:
     progress: int = 0
     """how far it came before it met anybody: bits of its count of hand-overs, so that it changes
     seldom; of two that trained alone the one that came further gives"""
+    strategy: str = "pair"
+    """how it averages (core/strategies.py); equal or no exchange"""
 
 
 ACCUSERS_LIMIT = 4
@@ -73,6 +75,10 @@ class Member:
     runs: tuple[RunInfo, ...]
     accusers: tuple[NodeId, ...] = ()
     """of a suspect: who found it silent, each by itself; the ACCUSERS_LIMIT lowest ids, in order"""
+
+    def __hash__(self) -> int:
+        """Rows are kept in caches, and hardly two differ in anything else alone."""
+        return hash((self.node, self.incarnation))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +167,18 @@ class SchemaPage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A place in the rounds of an exact average (core/strategies.py)."""
+
+    view: str
+    """hash of the nodes that take part: another set, other rounds"""
+    position: int
+    """rounds since the first of this view"""
+    step: float
+    """the part of the difference that both sides take in this round"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenExchange:
     """The initiator asks for an exchange, or takes one up again from fragment `start`.
 
@@ -178,6 +196,16 @@ class OpenExchange:
     progress: int
     codec: str
     """how fragments and deltas are written, both ways (mesh/codec.py)"""
+    strategy: str = "pair"
+    first: int = 0
+    """the exchange is about the fragments [first, end)"""
+    end: int | None = None
+    """None: to the last"""
+    reach: float | None = None
+    """the longest delta, as a norm, that the initiator lets this exchange apply; None: any"""
+    turn: Turn | None = None
+    clock: float = 0.0
+    """the initiator's part of the mesh clock when it began this exchange; the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +214,8 @@ class ExchangeOpened:
 
     exchange: int
     weight: float
+    clock: float = 0.0
+    """the responder's part of the mesh clock (core/clock.py); the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +225,8 @@ class ExchangeRefused:
     exchange: int
     reason: str
     unknown: bool
+    position: int | None = None
+    """the responder's place in the rounds, where the request came for another: ask again soon"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +332,8 @@ BulkMessage = (
     | Fragment
     | Delta
     | FinishExchange
+    | SchemaRequest
+    | SchemaPage
     | Refusal
     | BenchBlock
     | BenchEcho

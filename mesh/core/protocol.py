@@ -30,6 +30,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -93,6 +94,8 @@ class MeshProtocol:
                     self._reports.publish(event.run, event.figures, now)
             case ev.WeightsServed():
                 effects = self._averaging.mark(event.run, exchanged=True)
+            case ev.ExchangeAnswered():
+                effects = self._averaging.exchange_answered(event, now)
             case ev.ExchangeEnded():
                 effects = self._averaging.exchange_ended(event, now)
             case ev.Ask():
@@ -138,6 +141,10 @@ class MeshProtocol:
         """What this node says of a run of its own; None if nobody trains it here."""
         return self._averaging.info(run)
 
+    def out_of_turn(self, run: str, peer: NodeId, turn: Turn | None) -> tuple[str, int] | None:
+        """Why a request at this place in the rounds cannot be answered now, and our own place."""
+        return self._averaging.out_of_turn(run, peer, turn)
+
     def paused(self, run: str) -> bool:
         """Whether a run of this node begins no exchanges for now."""
         return self._averaging.paused(run)
@@ -150,6 +157,14 @@ class MeshProtocol:
         """What a member calls itself."""
         row = self.peers.membership.others.get(node)
         return row.name if row else short(node)
+
+    def living(self) -> list[Member]:
+        """Rows of the members that live and that nobody suspects."""
+        return [m for m in self.peers.membership.others.values() if m.state is State.ALIVE]
+
+    def runs_known(self) -> set[str]:
+        """Names of the runs that somebody trains now, here or elsewhere."""
+        return {info.run for row in (*self.living(), self.own) for info in row.runs}
 
     def members(self) -> tuple[Member, ...]:
         """All that are known and did not leave, this node first."""
@@ -174,6 +189,7 @@ class MeshProtocol:
             unreached=self.peers.contacts.unreached(),
             local_health=self.peers.detector.health.score,
             fingerprint=self.peers.membership.fingerprint,
+            undialled=self.peers.undialled(now),
         )
 
     # ------------------------------------------------------------------------------- messages
