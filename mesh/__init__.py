@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mesh.places import state_directory
     from mesh.process import run_node
     from mesh.settings import NodeSettings, parse_address
-    from mesh.simulation import SimulationReport, simulate
+    from mesh.simulation import SimulationReport, simulate_faults
     from mesh.training import JoinedNode, Statistics, join
 
 __version__ = "0.1.0"
@@ -60,7 +60,7 @@ _HOMES = {
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
-    "simulate": "simulation",
+    "simulate_faults": "simulation",
     "SimulationReport": "simulation",
     "MeshError": "errors",
     "UsageError": "errors",
@@ -95,7 +95,7 @@ __all__ = [
     "rename",
     "run_node",
     "running_nodes",
-    "simulate",
+    "simulate_faults",
     "start_node",
     "state_directory",
 ]

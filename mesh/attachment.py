@@ -7,10 +7,11 @@ A life: Attachment() -> a node that runs, or one of our own -> `session` -> the 
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Final
 
-from mesh.client import ask, node_of_state
+from mesh.client import LocalSocket, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.launch import NodeProcess, make_mesh_if_none, start_node
 from mesh.session import LOCAL_S, Session
@@ -47,13 +48,7 @@ class Attachment:
         self.began: str | None = None
         """how the run got its first weights"""
         try:
-            try:
-                running = node_of_state(settings.state)
-            except NodeNotRunning:
-                make_mesh_if_none(settings)
-                self._process = start_node(settings)
-                running = self._process.running
-            self._attach(running.control, BEGIN_S)
+            self._begin()
         except BaseException:
             self.close()
             raise
@@ -94,7 +89,8 @@ class Attachment:
         if time.monotonic() < self._retry_at:
             return
         try:
-            self._attach(node_of_state(self._settings.state).control, LOCAL_S)
+            control = node_of_state(self._settings.state).control
+            self._attach(LocalSocket(control, LOCAL_S), LOCAL_S)
         except MeshError:
             self._retry_s = min(LAST_RETRY_S, 2 * self._retry_s)
             self._retry_at = time.monotonic() + self._retry_s
@@ -113,10 +109,29 @@ class Attachment:
                 self._process.stop()
                 self._process = None
 
-    def _attach(self, control: str, begin_s: float) -> None:
+    def now(self) -> float:
+        """Seconds that pass for this training."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def stepped(self, loss: float | None) -> None:
+        """A step of the training is over. A laboratory counts it, and lets virtual time pass."""
+
+    def _begin(self) -> None:
+        try:
+            running = node_of_state(self._settings.state)
+        except NodeNotRunning:
+            make_mesh_if_none(self._settings)
+            self._process = start_node(self._settings)
+            running = self._process.running
+        self._attach(LocalSocket(running.control, LOCAL_S), BEGIN_S)
+
+    def _attach(self, link: LocalSocket, begin_s: float) -> None:
         before = self.began is not None
         session, how = Session.attach(
-            control,
+            link,
             {**self._request, "started": before, "exchanged": self._met},
             self._tensors.fill,
             begin_s,
@@ -132,3 +147,9 @@ class Attachment:
             self._met |= self.session.peers > 0
             self.session.close()
             self.session = None
+
+
+ATTACH: Final[ContextVar[Callable[[Tensors, NodeSettings, dict[str, Any]], Attachment]]] = (
+    ContextVar("attach", default=Attachment)
+)
+"""What join() attaches with: in a laboratory (mesh/laboratory.py) to a virtual node of its own."""

@@ -7,6 +7,7 @@ One JSON object a line, both ways: {"op": ..., ...} -> {"ok": true, ...} or {"ok
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,10 @@ class LocalSocket:
         except OSError as error:
             self._socket.close()
             raise NodeNotRunning(f"no node answers at {control}: {error.strerror}") from None
+
+    def now(self) -> float:
+        """Seconds on the clock that timeouts are measured by; in a laboratory it is a virtual one."""
+        return time.monotonic()
 
     def send(self, **fields: Any) -> None:
         """Raises NodeNotRunning if the node is gone."""

@@ -15,7 +15,6 @@ import contextlib
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Final, Self
 
 import torch
 
-from mesh.attachment import Attachment
+from mesh.attachment import ATTACH, Attachment
 from mesh.codec import EXACT, check_codec
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
 from mesh.session import LOCAL_S, Session
@@ -106,7 +105,7 @@ def join(
     _check_optimizer(model, optimizer)
     if settings is None:
         settings = NodeSettings(state=Path(state)) if state is not None else NodeSettings()
-    attachment = Attachment(
+    attachment = ATTACH.get()(
         tensors,
         settings,
         {
@@ -177,6 +176,7 @@ class JoinedNode:
         self._samples += int(samples or 0)
         if loss is not None:
             self._loss = float(loss)
+        self._attachment.stepped(loss)
         place = self._steps % self._every
         session = self._attachment.session
         if session is None:
@@ -226,16 +226,16 @@ class JoinedNode:
         Raises PeersMissing (a TimeoutError) after `timeout` seconds, NodeNotRunning if alone.
         """
         self._check_open()
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else self._attachment.now() + timeout
         while (found := self.statistics().peers) < n:
-            if time.monotonic() >= deadline:
+            if self._attachment.now() >= deadline:
                 raise PeersMissing(
                     f"{found} of {n} peers train run {self.run!r} after {timeout:g} s; "
                     "`mesh peers` shows who is there and why others are not"
                 )
             if self._attachment.session is None:
                 raise NodeNotRunning("the node is gone: `mesh up` starts one")
-            time.sleep(POLL_S)
+            self._attachment.sleep(POLL_S)
         return True
 
     def statistics(self) -> Statistics:
