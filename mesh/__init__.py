@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         rename,
     )
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
+    from mesh.learning import simulate
+    from mesh.learning_report import LearningReport
     from mesh.places import state_directory
     from mesh.process import run_node
     from mesh.settings import NodeSettings, parse_address
@@ -60,6 +62,8 @@ _HOMES = {
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
+    "simulate": "learning",
+    "LearningReport": "learning_report",
     "simulate_faults": "simulation",
     "SimulationReport": "simulation",
     "MeshError": "errors",
@@ -72,6 +76,7 @@ _HOMES = {
 __all__ = [
     "IdentityError",
     "JoinedNode",
+    "LearningReport",
     "MeshError",
     "NodeNotRunning",
     "NodeProcess",
@@ -95,6 +100,7 @@ __all__ = [
     "rename",
     "run_node",
     "running_nodes",
+    "simulate",
     "simulate_faults",
     "start_node",
     "state_directory",

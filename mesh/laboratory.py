@@ -1,0 +1,473 @@
+"""A mesh in one process whose trainings are real: each virtual machine runs a program of the user's.
+
+A step's trip: the program trains -> JoinedNode.step() -> stepped(): the baton goes back, and virtual
+time passes -> the program has it again -> the hand-over of mesh/training.py, over a VirtualLink ->
+Control, Run, Node, exchanges: the deployed code over a simulated network. Rules: 1. One seed decides
+everything. 2. Each program has chance, arguments and output of its own, exchanged with the baton.
+3. The two references need no network: `alone` averages nothing; `one-place` averages all replicas after
+each step, which for SGD is one machine that makes that step with all their samples.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import log
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import numpy as np
+import torch
+import trio
+
+from mesh import report
+from mesh.attachment import ATTACH, BEGIN_S, Attachment
+from mesh.baton import Program
+from mesh.client import LocalSocket
+from mesh.codec import Floats
+from mesh.conditions import ALONE, ONE_PLACE, STEP_S, Conditions
+from mesh.control import Control
+from mesh.errors import UsageError, first_of
+from mesh.learning_report import Curve, Look
+from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
+from mesh.settings import NodeSettings
+from mesh.simulated_mesh import address_of, node_id
+from mesh.surroundings import Surroundings
+from mesh.tensors import Tensors
+from mesh.virtual_link import VirtualLines, VirtualLink
+from mesh.virtual_node import LaboratoryNode
+from mesh.virtual_time import run_seeded
+
+UNEVEN: Final = 0.1
+"""Steps last up to this much more or less, or all machines would hand over in one breath."""
+
+NEWCOMER_S: Final = 0.3
+"""Virtual seconds from a machine's death to its successor's start."""
+
+LOOKS: Final = 256
+BYTES_BESIDE: Final = 300
+"""Of an exchange: its messages, without the numbers."""
+
+
+@dataclass(slots=True, eq=False)
+class Machine:
+    """One virtual machine: its program and, unless it is a reference's, its node."""
+
+    rank: int
+    index: int
+    newcomer: bool
+    speed: float
+    rng: Random
+    program: Program
+    surroundings: Surroundings
+    steps_left: int | None
+    node: LaboratoryNode | None = None
+    control: Control | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    nursery: trio.Nursery | None = None
+    lines: list[VirtualLines] = field(default_factory=list)
+    model: torch.nn.Module | None = None
+    tensors: Tensors | None = None
+    """while its training is joined"""
+    schema: list[tuple[str, list[int]]] = field(default_factory=list)
+    """(name, shape) of what is averaged"""
+    weight: float = 1.0
+    final: Floats | None = None
+    """its weights when its training ended"""
+    losses: Curve[tuple[int, float]] = field(default_factory=Curve)
+    steps: int = 0
+    killed: bool = False
+
+
+class Laboratory:
+    """All machines of one mesh, from its start to the end of the last program."""
+
+    def __init__(
+        self, conditions: Conditions, work: Callable[["Laboratory", Machine], None]
+    ) -> None:
+        """`work` is a machine's program: it calls mesh.join()."""
+        self.conditions = conditions
+        self.machines: list[Machine] = []
+        self.looks: Curve[Look] = Curve(LOOKS)
+        self.look: Callable[[Laboratory], Look | None] = lambda _: None
+        """what looks at all replicas, each `look_every` steps of the mean machine"""
+        self.entries = 0
+        self.virtual_s = 0.0
+        self._work = work
+        self._main = Surroundings.of_this_moment()
+        self._now_in: Surroundings = self._main
+        self._error: BaseException | None = None
+        self._living = 0
+        self._over = trio.Event()
+        self._began = trio.Event()
+        self._gathered: list[Machine] = []
+        self._released = trio.Event()
+
+    # ------------------------------------------------------------------------------------- life
+
+    def run(self) -> None:
+        """Lives it. Raises what a program raised, as it is; KeyboardInterrupt; UsageError."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a second one costs small models more than it brings
+        try:
+            run_seeded(self._live, self.conditions.seed)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+        finally:
+            self._surround(self._main)
+            torch.set_num_threads(threads)
+        if self._error is not None:
+            raise self._error
+
+    async def _live(self, rng: Random) -> None:
+        self._clock = trio.lowlevel.current_clock()
+        self._network = SimulatedNetwork(Random(rng.random()), Weather())
+        self._chance = Random(rng.random())
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for rank in range(1, self.conditions.nodes + 1):
+                self._start(rank, self._steps_of(rank))
+            nursery.start_soon(self._look_on)
+            if self.conditions.replaced:
+                nursery.start_soon(self._replace_some)
+            await self._over.wait()
+            nursery.cancel_scope.cancel()
+        self.virtual_s = trio.current_time() - began
+
+    def _steps_of(self, rank: int) -> int | None:
+        """Faster machines make more; in all they are as many as at equal speeds, but for rounding."""
+        steps, speeds = self.conditions.steps, self.conditions.speeds
+        if steps is None or not speeds:
+            return steps
+        return max(1, round(steps * speeds[rank - 1] * len(speeds) / sum(speeds)))
+
+    def _start(self, rank: int, steps_left: int | None, *, newcomer: bool = False) -> None:
+        index = len(self.machines) + 1
+        speeds = self.conditions.speeds
+        seed = f"{self.conditions.seed}/{index}"
+        machine = Machine(
+            rank=rank,
+            index=index,
+            newcomer=newcomer,
+            speed=speeds[rank - 1] * len(speeds) / sum(speeds) if speeds else 1.0,
+            rng=Random(seed),
+            program=Program(lambda: self._attached(machine), f"rank {rank}"),
+            surroundings=self._main.seeded(seed),
+            steps_left=steps_left,
+        )
+        self.machines.append(machine)
+        self._living += 1
+        if self.conditions.meets:
+            self._give_node(machine)
+        self._nursery.start_soon(self._live_one, machine)
+
+    def _give_node(self, machine: Machine) -> None:
+        node = node_id(machine.index)
+        machine.node = LaboratoryNode(
+            lies=machine.rank in self.conditions.attackers,
+            node=node,
+            name=f"n{machine.index}",
+            incarnation=1,
+            transport=SimulatedTransport(self._network, node, address_of(machine.index)),
+            discovery=SimulatedDiscovery(self._network, node),
+            candidates=(),
+            rng=Random(machine.rng.random()),
+            store_incarnation=lambda _: None,
+            note=lambda _: None,
+        )
+        machine.control = Control(machine.node, mesh="", state=Path(), stop=lambda: None)
+
+    async def _live_one(self, machine: Machine) -> None:
+        try:
+            with machine.scope:
+                async with trio.open_nursery() as nursery:
+                    machine.nursery = nursery
+                    if machine.node is not None:
+                        nursery.start_soon(machine.node.run)
+                    await self._drive(machine)
+                    if machine.node is not None:
+                        await machine.node.leave()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._stop(machine)
+        self._network.crash(node_id(machine.index))
+        self._living -= 1
+        self._meet_if_all_are_here()
+        if not self._living:
+            self._over.set()
+
+    async def _drive(self, machine: Machine) -> None:
+        """Passes the baton to and fro until the program ends."""
+        answer = None
+        while True:
+            self._surround(machine.surroundings)
+            question = machine.program.resume(answer)
+            for lines in machine.lines:
+                lines.delivered()
+            if question is None:
+                break
+            answer = await question()
+        error = machine.program.error
+        if error is not None and not (isinstance(error, SystemExit) and not error.code):
+            self._error = self._error or error
+            self._over.set()
+
+    def _stop(self, machine: Machine) -> None:
+        self._surround(machine.surroundings)
+        machine.program.stop()
+        machine.tensors = None
+        for lines in machine.lines:
+            for descriptor in lines.descriptors:
+                os.close(descriptor)
+            lines.descriptors.clear()
+
+    def _surround(self, by: Surroundings) -> None:
+        if by is not self._now_in:
+            self._now_in.leave()
+            by.enter()
+            self._now_in = by
+
+    # ----------------------------------------------------------------- what befalls the machines
+
+    async def _replace_some(self) -> None:
+        """Some machines are killed, each at a moment of its own, and newcomers take their places."""
+        conditions, rng = self.conditions, self._chance
+        assert conditions.steps is not None
+        ranks = rng.sample(
+            range(1, conditions.nodes + 1), round(conditions.replaced * conditions.nodes)
+        )
+        length_s = STEP_S * conditions.steps
+        moments = sorted((rng.uniform(0.1, 0.9) * length_s, rank) for rank in ranks)
+        await self._began.wait()
+        began = trio.current_time()
+        for after_s, rank in moments:
+            await trio.sleep_until(began + after_s)
+            machine = next((m for m in self.machines if m.rank == rank and m.tensors), None)
+            if machine is not None:
+                self._nursery.start_soon(self._replace, machine)
+
+    async def _replace(self, machine: Machine) -> None:
+        self._living += 1  # its successor counts from now on, or all could be over before it starts
+        machine.killed = True
+        self._network.crash(node_id(machine.index))
+        machine.scope.cancel()
+        await trio.sleep(NEWCOMER_S)
+        self._living -= 1
+        self._start(machine.rank, machine.steps_left, newcomer=True)
+
+    def _break_connections(self) -> None:
+        """So often that the wanted share of exchanges loses its connection."""
+        share = self.conditions.loss_of_connections
+        if share:
+            width = {"bf16": 2, "int8": 1}.get(self.conditions.codec or "", 4)
+            carried = 2 * width * self.entries + BYTES_BESIDE
+            self._network.weather = Weather(bytes_until_lost=carried / -log(1 - share))
+
+    async def _look_on(self) -> None:
+        await self._began.wait()
+        while True:
+            self._surround(self._main)
+            look = self.look(self)
+            if look is not None:
+                self.looks.add(look)
+            await trio.sleep(STEP_S * self.conditions.look_every)
+
+    # ------------------------------------------------------------------- for a program's thread
+
+    def _attached(self, machine: Machine) -> None:
+        def attach(tensors: Tensors, settings: NodeSettings, request: dict[str, Any]) -> Attachment:
+            kind = VirtualAttachment if self.conditions.meets else ReferenceAttachment
+            return kind(self, machine, tensors, settings, request)
+
+        ATTACH.set(attach)
+        self._work(self, machine)
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._clock.current_time()
+
+    def ordered(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a training says of itself, as these conditions want it."""
+        wanted = {"strategy": self.conditions.strategy, "codec": self.conditions.codec}
+        return {**request, **{key: value for key, value in wanted.items() if value is not None}}
+
+    def link(self, machine: Machine) -> LocalSocket:
+        """A new connection to the machine's node."""
+        lines = VirtualLines()
+        machine.lines.append(lines)
+
+        async def connect() -> None:
+            assert machine.node is not None
+            assert machine.nursery is not None
+            await machine.node.listening.wait()
+            machine.nursery.start_soon(self._serve, machine, lines)
+
+        machine.program.ask(connect)
+        return VirtualLink(lines, machine.program.ask, self.now)
+
+    async def _serve(self, machine: Machine, lines: VirtualLines) -> None:
+        assert machine.control is not None
+        try:
+            request = await lines.receive()
+            if request is not None:
+                with contextlib.suppress(OSError):  # the training is gone
+                    await machine.control.attach(lines, request)
+        finally:
+            lines.end()
+
+    def joined(self, machine: Machine, tensors: Tensors, weight: float) -> None:
+        """A training holds its first weights."""
+        machine.tensors, machine.weight, machine.final = tensors, weight, None
+        machine.schema = [(name, shape) for name, shape, _ in tensors.schema()]
+        if not self.entries:
+            self.entries = tensors.entries
+            self._break_connections()
+
+    def gather(self, machine: Machine) -> None:
+        """Returns when all machines are here: for trainings that begin together."""
+        machine.program.ask(lambda: self._gather(machine))
+
+    async def _gather(self, machine: Machine) -> None:
+        self._gathered.append(machine)
+        self._meet_if_all_are_here()
+        released = self._released
+        if machine in self._gathered:
+            await released.wait()
+
+    def _meet_if_all_are_here(self) -> None:
+        if self._gathered and len(self._gathered) >= self._living:
+            here = sorted(self._gathered, key=lambda machine: machine.index)
+            self._gathered = []
+            if not self.conditions.meets:
+                self._become_one(here)
+            released, self._released = self._released, trio.Event()
+            released.set()
+
+    def _become_one(self, machines: list[Machine]) -> None:
+        """The references' only meeting: first weights are the first one's, then those of all."""
+        tensors = [machine.tensors for machine in machines if machine.tensors is not None]
+        if any(machine.steps for machine in machines):
+            if self.conditions.strategy == ALONE:
+                return
+            mean, _ = mean_of([(m, flat_of(m)) for m in machines if m.tensors is not None])
+        else:
+            mean = flat_of(machines[0])
+        for each in tensors:
+            each.load(mean)
+
+    def stepped(self, machine: Machine, loss: float | None) -> None:
+        """A step takes virtual time."""
+        machine.steps += 1
+        if machine.steps_left is not None:
+            machine.steps_left -= 1
+        if loss is not None:
+            machine.losses.add((machine.steps, float(loss)))
+        if not self._began.is_set():
+            self._begin_at(machine)
+        length_s = STEP_S / machine.speed * machine.rng.uniform(1 - UNEVEN, 1 + UNEVEN)
+        machine.program.ask(partial(trio.sleep, length_s))
+
+    def _begin_at(self, machine: Machine) -> None:
+        async def begin() -> None:
+            self._began.set()
+
+        machine.program.ask(begin)
+
+    def left(self, machine: Machine) -> None:
+        """A training ends: what its model holds is its last word."""
+        if machine.tensors is not None and machine.final is None:
+            machine.final = flat_of(machine)
+
+    def figures(self, machine: Machine, run: str) -> dict[str, Any]:
+        """This run's part of `mesh status`."""
+        if machine.node is None:
+            return {"partners": self.conditions.nodes - 1}
+        statistics: list[dict[str, Any]] = []
+
+        async def ask() -> None:
+            assert machine.node is not None
+            now = machine.node.statistics()
+            statistics.extend(report.status(now, mesh="", state="", exits=())["runs"])
+
+        machine.program.ask(ask)
+        return next((found for found in statistics if found["run"] == run), {})
+
+
+class VirtualAttachment(Attachment):
+    """A training's tie to its virtual node."""
+
+    def __init__(
+        self,
+        laboratory: Laboratory,
+        machine: Machine,
+        tensors: Tensors,
+        settings: NodeSettings,
+        request: dict[str, Any],
+    ) -> None:
+        if machine.tensors is not None:
+            raise UsageError("a virtual machine has one training at a time: leave the first one")
+        self._laboratory, self._machine = laboratory, machine
+        super().__init__(tensors, settings, laboratory.ordered(request))
+
+    def _begin(self) -> None:
+        self._attach(self._laboratory.link(self._machine), BEGIN_S)
+        self._joined()
+
+    def _joined(self) -> None:
+        weight = float(self._request["weight"])
+        self._laboratory.joined(self._machine, self._tensors, weight)
+
+    def again(self) -> None:
+        pass  # a virtual node lives as long as its training
+
+    def figures(self) -> dict[str, Any]:
+        return self._laboratory.figures(self._machine, self.run)
+
+    def now(self) -> float:
+        return self._laboratory.now()
+
+    def sleep(self, seconds: float) -> None:
+        self._machine.program.ask(partial(trio.sleep, seconds))
+
+    def stepped(self, loss: float | None) -> None:
+        self._laboratory.stepped(self._machine, loss)
+
+    def close(self) -> None:
+        self._laboratory.left(self._machine)
+        super().close()
+        self._machine.tensors = None
+
+
+class ReferenceAttachment(VirtualAttachment):
+    """A training that no node averages."""
+
+    def _begin(self) -> None:
+        self.began = "first"
+        self._joined()
+        self._laboratory.gather(self._machine)
+
+    def stepped(self, loss: float | None) -> None:
+        super().stepped(loss)
+        if self._laboratory.conditions.strategy == ONE_PLACE:
+            self._laboratory.gather(self._machine)
+
+
+def flat_of(machine: Machine) -> Floats:
+    """The machine's weights now, in its model's order."""
+    assert machine.tensors is not None
+    flat = np.empty(machine.tensors.entries, dtype=np.float32)
+    machine.tensors.fill(flat)
+    return flat
+
+
+def mean_of(replicas: list[tuple[Machine, Floats]]) -> tuple[Floats, float]:
+    """The average by weight, and the RMS distance to it."""
+    total = sum(machine.weight for machine, _ in replicas)
+    mean = np.zeros(len(replicas[0][1]), dtype=np.float64)
+    for machine, flat in replicas:
+        mean += machine.weight / total * flat
+    squares = sum(float(np.square(flat - mean).sum()) for _, flat in replicas)
+    return mean.astype(np.float32), (squares / len(replicas)) ** 0.5
