@@ -23,16 +23,14 @@ import torch
 import trio
 
 from mesh import report
-from mesh.attachment import ATTACH, BEGIN_S, Attachment
 from mesh.baton import Program
 from mesh.client import LocalSocket
 from mesh.codec import Floats
-from mesh.conditions import ALONE, ONE_PLACE, STEP_S, Conditions
+from mesh.conditions import ALONE, STEP_S, Conditions
 from mesh.control import Control
-from mesh.errors import UsageError, first_of
+from mesh.errors import first_of
 from mesh.learning_report import Curve, Look
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
-from mesh.settings import NodeSettings
 from mesh.simulated_mesh import address_of, node_id
 from mesh.surroundings import Surroundings
 from mesh.tensors import Tensors
@@ -154,7 +152,7 @@ class Laboratory:
             newcomer=newcomer,
             speed=speeds[rank - 1] * len(speeds) / sum(speeds) if speeds else 1.0,
             rng=Random(seed),
-            program=Program(lambda: self._attached(machine), f"rank {rank}"),
+            program=Program(lambda: self._work(self, machine), f"rank {rank}"),
             surroundings=self._main.seeded(seed),
             steps_left=steps_left,
         )
@@ -277,22 +275,9 @@ class Laboratory:
 
     # ------------------------------------------------------------------- for a program's thread
 
-    def _attached(self, machine: Machine) -> None:
-        def attach(tensors: Tensors, settings: NodeSettings, request: dict[str, Any]) -> Attachment:
-            kind = VirtualAttachment if self.conditions.meets else ReferenceAttachment
-            return kind(self, machine, tensors, settings, request)
-
-        ATTACH.set(attach)
-        self._work(self, machine)
-
     def now(self) -> float:
         """Virtual seconds."""
         return self._clock.current_time()
-
-    def ordered(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What a training says of itself, as these conditions want it."""
-        wanted = {"strategy": self.conditions.strategy, "codec": self.conditions.codec}
-        return {**request, **{key: value for key, value in wanted.items() if value is not None}}
 
     def link(self, machine: Machine) -> LocalSocket:
         """A new connection to the machine's node."""
@@ -394,65 +379,6 @@ class Laboratory:
 
         machine.program.ask(ask)
         return next((found for found in statistics if found["run"] == run), {})
-
-
-class VirtualAttachment(Attachment):
-    """A training's tie to its virtual node."""
-
-    def __init__(
-        self,
-        laboratory: Laboratory,
-        machine: Machine,
-        tensors: Tensors,
-        settings: NodeSettings,
-        request: dict[str, Any],
-    ) -> None:
-        if machine.tensors is not None:
-            raise UsageError("a virtual machine has one training at a time: leave the first one")
-        self._laboratory, self._machine = laboratory, machine
-        super().__init__(tensors, settings, laboratory.ordered(request))
-
-    def _begin(self) -> None:
-        self._attach(self._laboratory.link(self._machine), BEGIN_S)
-        self._joined()
-
-    def _joined(self) -> None:
-        weight = float(self._request["weight"])
-        self._laboratory.joined(self._machine, self._tensors, weight)
-
-    def again(self) -> None:
-        pass  # a virtual node lives as long as its training
-
-    def figures(self) -> dict[str, Any]:
-        return self._laboratory.figures(self._machine, self.run)
-
-    def now(self) -> float:
-        return self._laboratory.now()
-
-    def sleep(self, seconds: float) -> None:
-        self._machine.program.ask(partial(trio.sleep, seconds))
-
-    def stepped(self, loss: float | None) -> None:
-        self._laboratory.stepped(self._machine, loss)
-
-    def close(self) -> None:
-        self._laboratory.left(self._machine)
-        super().close()
-        self._machine.tensors = None
-
-
-class ReferenceAttachment(VirtualAttachment):
-    """A training that no node averages."""
-
-    def _begin(self) -> None:
-        self.began = "first"
-        self._joined()
-        self._laboratory.gather(self._machine)
-
-    def stepped(self, loss: float | None) -> None:
-        super().stepped(loss)
-        if self._laboratory.conditions.strategy == ONE_PLACE:
-            self._laboratory.gather(self._machine)
 
 
 def flat_of(machine: Machine) -> Floats:

@@ -17,6 +17,7 @@ from mesh.laboratory import Laboratory, Machine, flat_of, mean_of
 from mesh.learning_report import Accuracy, LearningReport, Look, NodeHistory, digest_of
 from mesh.tensors import Tensors
 from mesh.training import join
+from mesh.virtual_attachment import inside
 
 RUN: Final = "laboratory"
 FIRST_WEIGHTS_S: Final = 60.0
@@ -97,9 +98,10 @@ def simulate(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 node.step(loss=loss.item(), samples=len(x))
-            laboratory.left(machine)
+            with node.averaged():
+                laboratory.left(machine)
 
-    laboratory = Laboratory(conditions, work)
+    laboratory = Laboratory(conditions, inside(work))
     if evaluate_every is not None:
         laboratory.look = lambda laboratory: look_at(laboratory, evaluate)
     return live(laboratory, evaluate)

@@ -64,6 +64,7 @@ FLOORS = {
     "mesh/baton.py": 4,
     "mesh/conditions.py": 4,
     "mesh/surroundings.py": 4,
+    "mesh/virtual_attachment.py": 4,
     "mesh/virtual_link.py": 4,
     "mesh/virtual_node.py": 4,
     "mesh/laboratory.py": 4,
