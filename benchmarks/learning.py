@@ -33,7 +33,8 @@ from sklearn.model_selection import train_test_split
 import mesh
 from benchmarks import figures
 from benchmarks.figures import Figure
-from mesh.conditions import REFERENCES, STRATEGIES
+from benchmarks.learning_rows import ROWS, Row, missing, rate_of
+from mesh.conditions import REFERENCES
 
 NODES = 16
 STEPS = 800
@@ -51,108 +52,6 @@ TUNED_ON = 11
 CANDIDATES = (0.1, 0.2, 0.4, 0.8)
 SPEEDS = tuple(10 ** (k / (NODES - 1)) for k in range(NODES))
 """The fastest machine is ten times as fast as the slowest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One way to train, and how far below one place it may end, in points of accuracy."""
-
-    name: str
-    strategy: str = "pair"
-    every: int = 8
-    momentum: bool = False
-    """quasi-global"""
-    codec: str = "f32"
-    lost: float = 0.0
-    replaced: float = 0.0
-    attackers: int = 0
-    speeds: bool = False
-    goals: tuple[tuple[str, str, float], ...] = ()
-    """(split, averaged or worst, points)"""
-    transfers: float | None = None
-    """models that a node should send, about"""
-    tuned_as: str = ""
-    """the row whose rates this one takes: the same training under other conditions"""
-
-
-def within(
-    iid: float | None = None, dirichlet: float | None = None, worst: float | None = None
-) -> tuple[tuple[str, str, float], ...]:
-    goals = (("iid", "averaged", iid), ("dirichlet", "averaged", dirichlet))
-    wanted = (*goals, ("dirichlet", "worst", worst))
-    return tuple((split, what, points) for split, what, points in wanted if points is not None)
-
-
-ROWS = (
-    Row(name="one place, same samples", strategy="one-place", transfers=1500),
-    Row(name="alone", strategy="alone", transfers=0),
-    Row(name="pair, every 1", every=1, goals=within(0.5, 0.7), transfers=800),
-    Row(name="pair, every 8", goals=within(0.5, 2.5), transfers=100),
-    Row(name="pair, every 16", every=16, transfers=100),
-    Row(
-        name="pair + quasi-global momentum, every 8",
-        momentum=True,
-        goals=within(0.5, 1.0, 1.5),
-        transfers=100,
-    ),
-    Row(
-        name="the same, int8",
-        momentum=True,
-        codec="int8",
-        goals=within(0.5, 1.0),
-        transfers=25,
-        tuned_as="pair + quasi-global momentum, every 8",
-    ),
-    Row(
-        name="the same, 10 % lost, 20 % replaced",
-        momentum=True,
-        lost=0.1,
-        replaced=0.2,
-        goals=within(0.5, 1.5),
-        transfers=100,
-        tuned_as="pair + quasi-global momentum, every 8",
-    ),
-    Row(name="pair, every 8, int8", codec="int8", tuned_as="pair, every 8"),
-    Row(
-        name="pair, every 8, 10 % lost, 20 % replaced",
-        lost=0.1,
-        replaced=0.2,
-        tuned_as="pair, every 8",
-    ),
-    Row(
-        name="pair, every 8, speeds 10x apart",
-        speeds=True,
-        goals=within(0.5),
-        tuned_as="pair, every 8",
-    ),
-    Row(name="outer, every 25", strategy="outer", every=25, goals=within(0.5, 5), transfers=32),
-    Row(name="2 of 16 flip their sign: pair", attackers=2, transfers=300, tuned_as="pair, every 8"),
-    Row(
-        name="2 of 16 flip their sign: clip",
-        strategy="clip",
-        attackers=2,
-        goals=within(1, 8),
-        transfers=300,
-    ),
-)
-
-RATES: dict[tuple[str, str], float] = {}
-"""(row, split) -> rate, as --tune prints them; rows that are not here take RATE."""
-
-RATE = 0.2
-
-
-def rate_of(row: Row, split: str) -> float:
-    return RATES.get((row.tuned_as or row.name, split), RATE)
-
-
-def missing(row: Row) -> str | None:
-    """Why this row cannot be run, if it cannot."""
-    if row.strategy not in (*STRATEGIES, *REFERENCES):
-        return f"strategy {row.strategy!r} is not there yet"
-    if row.momentum and "QuasiGlobalSGD" not in mesh.__all__:
-        return "mesh.QuasiGlobalSGD is not there yet"
-    return None
 
 
 # ------------------------------------------------------------------------------------ the training

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         MeshError,
         NodeNotRunning,
         PeersMissing,
+        ScriptFailed,
         UsageError,
     )
     from mesh.identity import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mesh.places import state_directory
     from mesh.process import run_node
     from mesh.settings import NodeSettings, parse_address
+    from mesh.simulated_script import simulate_script
     from mesh.simulation import SimulationReport, simulate_faults
     from mesh.training import JoinedNode, Statistics, join
 
@@ -63,6 +65,7 @@ _HOMES = {
     "NodeProcess": "launch",
     "run_node": "process",
     "simulate": "learning",
+    "simulate_script": "simulated_script",
     "LearningReport": "learning_report",
     "simulate_faults": "simulation",
     "SimulationReport": "simulation",
@@ -71,6 +74,7 @@ _HOMES = {
     "NodeNotRunning": "errors",
     "IdentityError": "errors",
     "PeersMissing": "errors",
+    "ScriptFailed": "errors",
 }
 
 __all__ = [
@@ -83,6 +87,7 @@ __all__ = [
     "NodeSettings",
     "PeersMissing",
     "RunningNode",
+    "ScriptFailed",
     "SimulationReport",
     "Statistics",
     "UsageError",
@@ -102,6 +107,7 @@ __all__ = [
     "running_nodes",
     "simulate",
     "simulate_faults",
+    "simulate_script",
     "start_node",
     "state_directory",
 ]

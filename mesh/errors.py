@@ -39,6 +39,15 @@ class PeerTimeout(StreamLost):
     """A peer accepted a connection, then did not do its part in time."""
 
 
+class ScriptFailed(MeshError):
+    """A script that was simulated ended with an error: the message is its traceback."""
+
+    def __init__(self, message: str, code: int) -> None:
+        """`code`: what its process would have ended with."""
+        super().__init__(message)
+        self.code = code
+
+
 class ProtocolError(MeshError):
     """A rule of the protocol was broken; see the two children for by whom."""
 

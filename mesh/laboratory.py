@@ -11,22 +11,19 @@ each step, which for SGD is one machine that makes that step with all their samp
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from math import log
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-import numpy as np
 import torch
 import trio
 
 from mesh import report
 from mesh.baton import Program
 from mesh.client import LocalSocket
-from mesh.codec import Floats
-from mesh.conditions import ALONE, STEP_S, Conditions
+from mesh.conditions import ONE_PLACE, STEP_S, Conditions
 from mesh.control import Control
 from mesh.errors import first_of
 from mesh.learning_report import Curve, Look
@@ -35,6 +32,7 @@ from mesh.simulated_mesh import address_of, node_id
 from mesh.surroundings import Surroundings
 from mesh.tensors import Tensors
 from mesh.virtual_link import VirtualLines, VirtualLink
+from mesh.virtual_machine import Machine, flat_of, mean_of
 from mesh.virtual_node import LaboratoryNode
 from mesh.virtual_time import run_seeded
 
@@ -47,36 +45,6 @@ NEWCOMER_S: Final = 0.3
 LOOKS: Final = 256
 BYTES_BESIDE: Final = 300
 """Of an exchange: its messages, without the numbers."""
-
-
-@dataclass(slots=True, eq=False)
-class Machine:
-    """One virtual machine: its program and, unless it is a reference's, its node."""
-
-    rank: int
-    index: int
-    newcomer: bool
-    speed: float
-    rng: Random
-    program: Program
-    surroundings: Surroundings
-    steps_left: int | None
-    node: LaboratoryNode | None = None
-    control: Control | None = None
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    nursery: trio.Nursery | None = None
-    lines: list[VirtualLines] = field(default_factory=list)
-    model: torch.nn.Module | None = None
-    tensors: Tensors | None = None
-    """while its training is joined"""
-    schema: list[tuple[str, list[int]]] = field(default_factory=list)
-    """(name, shape) of what is averaged"""
-    weight: float = 1.0
-    final: Floats | None = None
-    """its weights when its training ended"""
-    losses: Curve[tuple[int, float]] = field(default_factory=Curve)
-    steps: int = 0
-    killed: bool = False
 
 
 class Laboratory:
@@ -93,10 +61,12 @@ class Laboratory:
         """what looks at all replicas, each `look_every` steps of the mean machine"""
         self.entries = 0
         self.virtual_s = 0.0
+        self.began_at = 0.0
+        """when the first step was made, in virtual seconds"""
         self._work = work
         self._main = Surroundings.of_this_moment()
         self._now_in: Surroundings = self._main
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._living = 0
         self._over = trio.Event()
         self._began = trio.Event()
@@ -106,7 +76,7 @@ class Laboratory:
     # ------------------------------------------------------------------------------------- life
 
     def run(self) -> None:
-        """Lives it. Raises what a program raised, as it is; KeyboardInterrupt; UsageError."""
+        """Lives it. What ended a program, and so everything, is in `error` then."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a second one costs small models more than it brings
         try:
@@ -116,8 +86,6 @@ class Laboratory:
         finally:
             self._surround(self._main)
             torch.set_num_threads(threads)
-        if self._error is not None:
-            raise self._error
 
     async def _live(self, rng: Random) -> None:
         self._clock = trio.lowlevel.current_clock()
@@ -210,7 +178,7 @@ class Laboratory:
             answer = await question()
         error = machine.program.error
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
-            self._error = self._error or error
+            self.error = self.error or error
             self._over.set()
 
     def _stop(self, machine: Machine) -> None:
@@ -243,8 +211,8 @@ class Laboratory:
         began = trio.current_time()
         for after_s, rank in moments:
             await trio.sleep_until(began + after_s)
-            machine = next((m for m in self.machines if m.rank == rank and m.tensors), None)
-            if machine is not None:
+            machine = next(m for m in self.machines if m.rank == rank)
+            if machine.steps_left:
                 self._nursery.start_soon(self._replace, machine)
 
     async def _replace(self, machine: Machine) -> None:
@@ -266,14 +234,24 @@ class Laboratory:
 
     async def _look_on(self) -> None:
         await self._began.wait()
-        while True:
+        while self.conditions.strategy != ONE_PLACE:  # that is looked at while it is one
+            self._look_now()
+            await trio.sleep(STEP_S * self.conditions.look_every)
+
+    def _look_now(self) -> None:
+        if all(machine.final is None or machine.killed for machine in self.machines):
             self._surround(self._main)
             look = self.look(self)
             if look is not None:
                 self.looks.add(look)
-            await trio.sleep(STEP_S * self.conditions.look_every)
 
     # ------------------------------------------------------------------- for a program's thread
+
+    def goes_on(self, machine: Machine) -> bool:
+        """Whether the machine has steps to make: a newcomer's end with those of the others."""
+        steps = self.conditions.steps or 0
+        late = machine.newcomer and self.now() >= self.began_at + STEP_S * steps
+        return bool(machine.steps_left) and not late
 
     def now(self) -> float:
         """Virtual seconds."""
@@ -306,6 +284,7 @@ class Laboratory:
     def joined(self, machine: Machine, tensors: Tensors, weight: float) -> None:
         """A training holds its first weights."""
         machine.tensors, machine.weight, machine.final = tensors, weight, None
+        machine.model = tensors.model
         machine.schema = [(name, shape) for name, shape, _ in tensors.schema()]
         if not self.entries:
             self.entries = tensors.entries
@@ -335,13 +314,13 @@ class Laboratory:
         """The references' only meeting: first weights are the first one's, then those of all."""
         tensors = [machine.tensors for machine in machines if machine.tensors is not None]
         if any(machine.steps for machine in machines):
-            if self.conditions.strategy == ALONE:
-                return
             mean, _ = mean_of([(m, flat_of(m)) for m in machines if m.tensors is not None])
         else:
             mean = flat_of(machines[0])
         for each in tensors:
             each.load(mean)
+        if machines[0].steps % self.conditions.look_every == 0:
+            self._look_now()
 
     def stepped(self, machine: Machine, loss: float | None) -> None:
         """A step takes virtual time."""
@@ -350,16 +329,14 @@ class Laboratory:
             machine.steps_left -= 1
         if loss is not None:
             machine.losses.add((machine.steps, float(loss)))
+        machine.program.ask(partial(self._let_pass, machine))
+
+    async def _let_pass(self, machine: Machine) -> None:
         if not self._began.is_set():
-            self._begin_at(machine)
-        length_s = STEP_S / machine.speed * machine.rng.uniform(1 - UNEVEN, 1 + UNEVEN)
-        machine.program.ask(partial(trio.sleep, length_s))
-
-    def _begin_at(self, machine: Machine) -> None:
-        async def begin() -> None:
             self._began.set()
-
-        machine.program.ask(begin)
+            self.began_at = trio.current_time()
+        uneven = machine.rng.uniform(1 - UNEVEN, 1 + UNEVEN)
+        await trio.sleep(STEP_S / machine.speed * uneven)
 
     def left(self, machine: Machine) -> None:
         """A training ends: what its model holds is its last word."""
@@ -379,21 +356,3 @@ class Laboratory:
 
         machine.program.ask(ask)
         return next((found for found in statistics if found["run"] == run), {})
-
-
-def flat_of(machine: Machine) -> Floats:
-    """The machine's weights now, in its model's order."""
-    assert machine.tensors is not None
-    flat = np.empty(machine.tensors.entries, dtype=np.float32)
-    machine.tensors.fill(flat)
-    return flat
-
-
-def mean_of(replicas: list[tuple[Machine, Floats]]) -> tuple[Floats, float]:
-    """The average by weight, and the RMS distance to it."""
-    total = sum(machine.weight for machine, _ in replicas)
-    mean = np.zeros(len(replicas[0][1]), dtype=np.float64)
-    for machine, flat in replicas:
-        mean += machine.weight / total * flat
-    squares = sum(float(np.square(flat - mean).sum()) for _, flat in replicas)
-    return mean.astype(np.float32), (squares / len(replicas)) ** 0.5

@@ -1,7 +1,7 @@
 """simulate(): many nodes of one training in one process, on the real protocol.
 
 A trip: simulate() -> Conditions, checked -> Laboratory.run() -> each machine's program: build(), join(),
-its steps, last_word() -> the last Look, of all models as their trainings left them -> LearningReport.
+its steps, averaged() -> the last Look, of what each would evaluate or save -> LearningReport.
 """
 
 import time
@@ -13,11 +13,12 @@ import torch
 from mesh.codec import EXACT, Floats, check_codec
 from mesh.conditions import Conditions
 from mesh.errors import MeshError, UsageError
-from mesh.laboratory import Laboratory, Machine, flat_of, mean_of
+from mesh.laboratory import Laboratory
 from mesh.learning_report import Accuracy, LearningReport, Look, NodeHistory, digest_of
 from mesh.tensors import Tensors
 from mesh.training import join
 from mesh.virtual_attachment import inside
+from mesh.virtual_machine import Machine, flat_of, mean_of
 
 RUN: Final = "laboratory"
 FIRST_WEIGHTS_S: Final = 60.0
@@ -84,27 +85,32 @@ def simulate(
     def work(laboratory: Laboratory, machine: Machine) -> None:
         rank = machine.rank
         model, optimizer, loss_of = build(rank)
-        machine.model = model
         batches = _endless(lambda: loader(rank), rank)
         own = weight(rank) if callable(weight) else weight
         with join(model, optimizer, run=RUN, every=every, weight=own, codec=codec) as node:
             if conditions.meets and not machine.newcomer:
                 node.wait_for_peers(nodes - 1, timeout=FIRST_WEIGHTS_S)
                 laboratory.gather(machine)
-            while machine.steps_left:
+            while laboratory.goes_on(machine):
                 x, y = next(batches)
                 loss = loss_of(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 node.step(loss=loss.item(), samples=len(x))
+            if conditions.meets:
+                laboratory.gather(machine)  # whoever left now would be missed by the slower ones
             with node.averaged():
                 laboratory.left(machine)
 
     laboratory = Laboratory(conditions, inside(work))
     if evaluate_every is not None:
         laboratory.look = lambda laboratory: look_at(laboratory, evaluate)
-    return live(laboratory, evaluate)
+    began = time.perf_counter()
+    laboratory.run()
+    if laboratory.error is not None:
+        raise laboratory.error
+    return report_on(laboratory, evaluate, time.perf_counter() - began)
 
 
 def _endless(
@@ -119,10 +125,8 @@ def _endless(
             raise UsageError(f"loader({rank}) has no batch")
 
 
-def live(laboratory: Laboratory, evaluate: Evaluate | None) -> LearningReport:
-    """Runs a laboratory and says what it found."""
-    began = time.perf_counter()
-    laboratory.run()
+def report_on(laboratory: Laboratory, evaluate: Evaluate | None, wall_s: float) -> LearningReport:
+    """What a laboratory found, now that it is over. Raises MeshError if nobody trained in it."""
     conditions = laboratory.conditions
     ended = [
         (machine, machine.final)
@@ -145,9 +149,11 @@ def live(laboratory: Laboratory, evaluate: Evaluate | None) -> LearningReport:
             worst=min(found),
             averaged=_with(models[0], mean, evaluate),
         )
-    steps = sum(machine.steps for machine in laboratory.machines) / conditions.nodes
     last = Look(
-        step=steps, virtual_s=round(laboratory.virtual_s, 6), drift=drift, accuracy=accuracy
+        step=_steps(laboratory),
+        virtual_s=round(laboratory.virtual_s, 6),
+        drift=drift,
+        accuracy=accuracy,
     )
     histories = tuple(_history(laboratory, machine) for machine in laboratory.machines)
     weights = _named(ended[0][0], mean)
@@ -161,7 +167,7 @@ def live(laboratory: Laboratory, evaluate: Evaluate | None) -> LearningReport:
         weights=weights,
         digest=digest_of(weights, histories),
         virtual_s=laboratory.virtual_s,
-        wall_s=time.perf_counter() - began,
+        wall_s=wall_s,
     )
 
 
@@ -187,11 +193,16 @@ def look_at(laboratory: Laboratory, evaluate: Evaluate | None) -> Look | None:
         first.tensors.restore(kept)
         accuracy = Accuracy(mean=sum(found) / len(found), worst=min(found), averaged=averaged)
     return Look(
-        step=sum(machine.steps for machine in machines) / len(machines),
+        step=_steps(laboratory),
         virtual_s=round(laboratory.now(), 6),
         drift=drift,
         accuracy=accuracy,
     )
+
+
+def _steps(laboratory: Laboratory) -> float:
+    """Of the mesh: what the dead made counts for those that followed them."""
+    return sum(machine.steps for machine in laboratory.machines) / laboratory.conditions.nodes
 
 
 def _with(model: torch.nn.Module, flat: Floats, evaluate: Evaluate) -> float:

@@ -9,9 +9,10 @@ import trio
 from mesh.attachment import ATTACH, BEGIN_S, Attachment
 from mesh.conditions import ONE_PLACE
 from mesh.errors import UsageError
-from mesh.laboratory import Laboratory, Machine
+from mesh.laboratory import Laboratory
 from mesh.settings import NodeSettings
 from mesh.tensors import Tensors
+from mesh.virtual_machine import Machine
 
 Work = Callable[[Laboratory, Machine], None]
 

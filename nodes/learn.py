@@ -1,0 +1,117 @@
+"""`mesh sim SCRIPT`: a script's training on many virtual machines, by one strategy or several.
+
+A strategy's trip: run() -> mesh.simulate_script() -> its report -> a line of the table, a curve of each
+drawing. Rule: what the script prints goes to standard error, each line behind its machine's rank.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import mesh
+from nodes import drawing, text
+
+AS_IT_IS: Final = "as it is"
+ONE_PLACE: Final = "one-place"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What to simulate."""
+
+    script: str
+    arguments: tuple[str, ...]
+    nodes: int
+    seed: int
+    strategies: tuple[str, ...]
+    """empty: the script's own, and one place beside it"""
+    evaluate: str | None
+    out: str | None
+    """where to draw; None: beside nothing, in the current directory under the script's name"""
+    as_json: bool
+
+
+def run(lesson: Lesson) -> int:
+    """Simulates, prints and draws; returns the exit code. Raises MeshError."""
+    if lesson.out is not None and not drawing.possible():
+        raise mesh.UsageError("-o needs matplotlib: pip install 'gossipmesh[plots]'")
+    reports: dict[str, mesh.LearningReport] = {}
+    for name in _strategies(lesson):
+        print(f"{lesson.nodes} machines, {name}", file=sys.stderr)
+        try:
+            reports[name] = mesh.simulate_script(
+                lesson.script,
+                lesson.arguments,
+                nodes=lesson.nodes,
+                seed=lesson.seed,
+                strategy=None if name == AS_IT_IS else name,
+                evaluate=lesson.evaluate,
+                said=_say,
+            )
+        except mesh.ScriptFailed as error:
+            print(error, file=sys.stderr)
+            return error.code
+    if drawing.possible():
+        out = Path(lesson.out or f"{Path(lesson.script).stem}-sim.png")
+        drawing.picture(reports, out)
+        print(f"drawn: {out}", file=sys.stderr)
+    if lesson.as_json:
+        print(json.dumps(_as_json(lesson, reports)))
+    else:
+        print(drawing.chart(drawing.losses(reports), "loss, mean of all machines, by step"))
+        print("\n" + _table(reports))
+    return 0
+
+
+def _strategies(lesson: Lesson) -> tuple[str, ...]:
+    named = tuple(dict.fromkeys(lesson.strategies)) or (AS_IT_IS,)
+    return named if ONE_PLACE in named or lesson.nodes == 1 else (*named, ONE_PLACE)
+
+
+def _say(rank: int, line: str) -> None:
+    print(f"{rank:3} | {line}", file=sys.stderr)
+
+
+def _table(reports: dict[str, mesh.LearningReport]) -> str:
+    heads = ["", "loss", "averaged", "mean node", "worst node", "drift", "models sent"]
+    rows = [heads]
+    for name, report in reports.items():
+        found = report.accuracy
+        said = (
+            [f"{x:.4g}" for x in (found.averaged, found.mean, found.worst)] if found else ["-"] * 3
+        )
+        rows.append(
+            [name, f"{report.loss:.4g}", *said, f"{report.drift:.3g}", f"{report.transfers:.1f}"]
+        )
+    return text.table(rows)
+
+
+def _as_json(lesson: Lesson, reports: dict[str, mesh.LearningReport]) -> dict[str, Any]:
+    """`mesh.learning/1`."""
+    return {
+        "schema": "mesh.learning/1",
+        "script": lesson.script,
+        "nodes": lesson.nodes,
+        "seed": lesson.seed,
+        "strategies": {name: _figures(report) for name, report in reports.items()},
+    }
+
+
+def _figures(report: mesh.LearningReport) -> dict[str, Any]:
+    found = report.accuracy
+    return {
+        "loss": report.loss if math.isfinite(report.loss) else None,
+        "averaged": found.averaged if found else None,
+        "mean_node": found.mean if found else None,
+        "worst_node": found.worst if found else None,
+        "drift": report.drift,
+        "transfers": round(report.transfers, 3),
+        "bytes_sent": round(report.bytes_sent),
+        "steps": [history.steps for history in report.histories],
+        "virtual_s": round(report.virtual_s, 3),
+        "wall_s": round(report.wall_s, 3),
+        "digest": report.digest,
+    }
