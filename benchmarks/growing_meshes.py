@@ -30,6 +30,7 @@ from mesh.net.transport import Handler, Stream
 from mesh.node import Node
 from mesh.player import RUN, Player
 from mesh.replica import Replica
+from mesh.runs import RunSpec
 from mesh.simulated_mesh import address_of, node_id
 
 ENTRIES = 2**16
@@ -170,7 +171,7 @@ def spreads(models: list[Floats]) -> tuple[float, float]:
 class GrowingNode(Node):
     """The deployed node, with shorter fragments."""
 
-    def _make_replica(self, entries: int) -> Replica:
+    def _make_replica(self, spec: RunSpec, entries: int) -> Replica:
         return Replica(entries, FRAGMENT_ENTRIES)
 
 

@@ -263,14 +263,14 @@ def goals(lines: list[Line]) -> list[Figure]:
     return made
 
 
-def tune(rows: list[Row], steps: int) -> None:
+def tune(rows: list[Row], rates: list[float], steps: int) -> None:
     """Prints RATES."""
     rows = [row for row in rows if not row.tuned_as]
     jobs = [
         Job(row=row, split=split, seed=TUNED_ON, rate=rate, steps=steps, tunes=True)
         for row in rows
         for split in SPLITS
-        for rate in CANDIDATES
+        for rate in rates
     ]
     found = all_of(jobs)
     print("RATES: dict[tuple[str, str], float] = {")
@@ -291,6 +291,9 @@ def tune(rows: list[Row], steps: int) -> None:
 def main() -> int:
     parser = figures.parser("learning", "digits on 16 virtual machines, against one place")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=CANDIDATES, help="to choose from, with --tune"
+    )
     parser.add_argument("--tune", action="store_true", help="choose the rates again")
     flags = parser.parse_args()
     skipped = {row.name: why for row in ROWS if (why := missing(row)) is not None}
@@ -301,7 +304,7 @@ def main() -> int:
         rows = [replace(row, goals=()) for row in rows if row.every > 1][:4]
     steps = STEPS_QUICK if flags.quick else STEPS
     if flags.tune:
-        tune(rows, steps)
+        tune([row for row in rows if flags.only in row.name], flags.rates, steps)
         return 0
     seeds = SEEDS[:1] if flags.quick else SEEDS
     jobs = [

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import mesh
-from mesh.conditions import REFERENCES, STRATEGIES
+from mesh.conditions import REFERENCES
+from mesh.core.strategies import STRATEGIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,18 @@ ROWS = (
     ),
 )
 
-RATES: dict[tuple[str, str], float] = {}
+RATES: dict[tuple[str, str], float] = {
+    ("one place, same samples", "iid"): 0.8,  # 0.1:0.1184 0.2:0.0695 0.4:0.0351 0.8:0.0118
+    ("one place, same samples", "dirichlet"): 0.8,  # 0.1:0.1262 0.2:0.0783 0.4:0.0443 0.8:0.0153
+    ("alone", "iid"): 0.4,  # 0.1:0.2263 0.2:0.1951 0.4:0.1817 0.8:0.3889
+    ("alone", "dirichlet"): 0.4,  # 0.1:1.6569 0.2:1.5728 0.4:1.4827 0.8:1.8841
+    ("pair, every 1", "iid"): 0.8,  # 0.1:0.1188 0.2:0.0688 0.4:0.0318 0.8:0.0128
+    ("pair, every 1", "dirichlet"): 0.8,  # 0.1:0.2127 0.2:0.1315 0.4:0.0787 0.8:0.0427
+    ("pair, every 8", "iid"): 0.8,  # 0.1:0.1224 0.2:0.0764 0.4:0.0454 0.8:0.0236
+    ("pair, every 8", "dirichlet"): 0.8,  # 0.1:0.3661 0.2:0.2557 0.4:0.1871 0.8:0.1393
+    ("pair, every 16", "iid"): 0.8,  # 0.1:0.1260 0.2:0.0826 0.4:0.0552 0.8:0.0368
+    ("pair, every 16", "dirichlet"): 0.8,  # 0.1:0.4317 0.2:0.3147 0.4:0.2347 0.8:0.2125
+}
 """(row, split) -> rate, as --tune prints them; rows that are not here take RATE."""
 
 RATE = 0.2

@@ -12,11 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mesh.client import RunningNode, ask, find_node, running_nodes
+    from mesh.client import RunningNode, ask, find_node, question, running_nodes
     from mesh.errors import (
         IdentityError,
         MeshError,
         NodeNotRunning,
+        NodeRefused,
+        NodeTimeout,
         PeersMissing,
         ScriptFailed,
         UsageError,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mesh.learning_report import LearningReport
     from mesh.places import state_directory
     from mesh.process import run_node
+    from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulated_script import simulate_script
     from mesh.simulation import SimulationReport, simulate_faults
@@ -58,6 +61,7 @@ _HOMES = {
     "rename": "identity",
     "ask": "client",
     "find_node": "client",
+    "question": "client",
     "running_nodes": "client",
     "RunningNode": "client",
     "make_mesh_if_none": "launch",
@@ -68,10 +72,15 @@ _HOMES = {
     "simulate_script": "simulated_script",
     "LearningReport": "learning_report",
     "simulate_faults": "simulation",
+    "pull_model": "pulled",
+    "PulledModel": "pulled",
+    "PullProgress": "pulled",
     "SimulationReport": "simulation",
     "MeshError": "errors",
     "UsageError": "errors",
     "NodeNotRunning": "errors",
+    "NodeRefused": "errors",
+    "NodeTimeout": "errors",
     "IdentityError": "errors",
     "PeersMissing": "errors",
     "ScriptFailed": "errors",
@@ -84,8 +93,12 @@ __all__ = [
     "MeshError",
     "NodeNotRunning",
     "NodeProcess",
+    "NodeRefused",
     "NodeSettings",
+    "NodeTimeout",
     "PeersMissing",
+    "PullProgress",
+    "PulledModel",
     "RunningNode",
     "ScriptFailed",
     "SimulationReport",
@@ -101,6 +114,8 @@ __all__ = [
     "load",
     "make_mesh_if_none",
     "parse_address",
+    "pull_model",
+    "question",
     "read_token",
     "rename",
     "run_node",

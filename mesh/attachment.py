@@ -14,7 +14,7 @@ from typing import Any, Final
 from mesh.client import LocalSocket, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.launch import NodeProcess, make_mesh_if_none, start_node
-from mesh.session import LOCAL_S, Session
+from mesh.session import LOCAL_S, Session, StepClock
 from mesh.settings import NodeSettings
 from mesh.tensors import Tensors
 
@@ -45,6 +45,8 @@ class Attachment:
         """other replicas have met this one: what it holds is the mesh's"""
         self.session: Session | None = None
         """None while the node is gone"""
+        self.clock = StepClock()
+        """the mesh clock; it goes on by itself while the node is gone"""
         self.began: str | None = None
         """how the run got its first weights"""
         try:
@@ -84,10 +86,12 @@ class Attachment:
             self._retry_s = FIRST_RETRY_S
             self._retry_at = time.monotonic() + self._retry_s
 
-    def again(self) -> None:
-        """Attaches to a node that is back; at most a local moment, with a growing pause between."""
+    def again(self, step: int) -> None:
+        """Attaches to a node that is back, after `step` steps; at most a local moment, with a growing
+        pause between."""
         if time.monotonic() < self._retry_at:
             return
+        self.clock.posted(step)
         try:
             control = node_of_state(self._settings.state).control
             self._attach(LocalSocket(control, LOCAL_S), LOCAL_S)
@@ -132,9 +136,16 @@ class Attachment:
         before = self.began is not None
         session, how = Session.attach(
             link,
-            {**self._request, "started": before, "exchanged": self._met},
+            {
+                **self._request,
+                "started": before,
+                "exchanged": self._met,
+                "step": self.clock.counted,
+                "clock": self.clock.steps,
+            },
             self._tensors.fill,
             begin_s,
+            self.clock,
         )
         if how == "donor":
             self._tensors.load(session.offered)

@@ -1,21 +1,28 @@
 """The blocking other end of a node's local socket: for the shell, and for trainings.
 
 Imports the standard library and a few small files only, so that `mesh status` answers at once.
-One JSON object a line, both ways: {"op": ..., ...} -> {"ok": true, ...} or {"ok": false, "error"}.
+One JSON object a line, both ways: {"op": ..., ...} -> {"ok": true, ...} or {"ok": false, "error"};
+before a long operation's answer come lines {"progress": ...} where the request asked for them.
+A question's trip: question() -> a node of this host, by name; else one that passes it on through the
+mesh (`of`) -> request() -> the answer as the asked node gave it.
 """
 
 import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mesh.errors import MeshError, NodeNotRunning, UsageError
+from mesh.errors import MeshError, NodeNotRunning, NodeRefused, NodeTimeout, UsageError
 from mesh.places import host_directory, state_directory
 
 ANSWER_S = 5.0
 """A node answers in a millisecond; one that does not in 5 s is stopped or stuck."""
+
+ID_PREFIX = 4
+"""Characters of a node id from which they name a node; fewer may be anybody's name."""
 
 LINE_LIMIT_BYTES = 16 * 1024 * 1024
 """An answer about 4096 members is about 4 MB."""
@@ -45,7 +52,7 @@ class LocalSocket:
             self._socket.connect(control)
         except (TimeoutError, BlockingIOError):
             self._socket.close()
-            raise MeshError("the node does not answer: is it stopped?") from None
+            raise NodeTimeout("the node does not answer: is it stopped?") from None
         except OSError as error:
             self._socket.close()
             raise NodeNotRunning(f"no node answers at {control}: {error.strerror}") from None
@@ -79,41 +86,134 @@ class LocalSocket:
                 raise NodeNotRunning("the node ended")
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
         if not isinstance(answer, dict):
-            raise MeshError("the node's answer is no object")
+            raise MeshError("the answer is no JSON object: is the other node of this version?")
         return answer
 
-    def request(self, timeout_s: float = ANSWER_S, **fields: Any) -> dict[str, Any]:
-        """Sends one request and waits for its answer. Raises MeshError, as the node says it."""
-        self.send(**fields)
-        answer = self.receive(timeout_s)
-        if answer is None:
-            raise MeshError(f"the node did not answer within {timeout_s:g} s: is it stopped?")
+    def request(
+        self,
+        timeout_s: float = ANSWER_S,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        """Sends one request and waits for its answer, at most timeout_s in all.
+
+        Raises NodeTimeout; UsageError, NodeRefused or another MeshError as the node says it.
+        """
+        deadline = self.now() + timeout_s
+        self.send(**fields, **({"progress": True} if on_progress else {}))
+        while True:
+            answer = self.receive(max(0.0, deadline - self.now()))
+            if answer is None:
+                raise NodeTimeout(f"the node did not answer within {timeout_s:g} s: is it stopped?")
+            progress = answer.get("progress")
+            if not isinstance(progress, dict):
+                break
+            if on_progress is not None:
+                on_progress(progress)
         if answer.get("ok") is not True:
-            error = answer.get("error") or {}
-            kind = UsageError if error.get("code") == "usage" else MeshError
-            raise kind(error.get("message", "the node refused"))
+            error = answer.get("error")
+            error = error if isinstance(error, dict) else {}
+            raise _kind(error.get("code"))(_printable(error.get("message", "the node refused")))
         return answer
 
     def close(self) -> None:
         self._socket.close()
 
 
-def ask(node: RunningNode, op: str, timeout_s: float = ANSWER_S, **fields: Any) -> dict[str, Any]:
+def ask(
+    node: RunningNode,
+    op: str,
+    timeout_s: float = ANSWER_S,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
     """One question on a connection of its own; see LocalSocket.request()."""
     connection = LocalSocket(node.control, timeout_s)
     try:
-        return connection.request(timeout_s, op=op, **fields)
+        return connection.request(timeout_s, on_progress, op=op, **fields)
     finally:
         connection.close()
 
 
+def question(
+    op: str,
+    *,
+    state: str | None = None,
+    name: str | None = None,
+    timeout_s: float = ANSWER_S,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Asks the node that a command means: one of this host (see find_node()), or else any node of the
+    mesh that is called `name`, through a node of this host.
+
+    Raises NodeNotRunning, UsageError with the names there are, NodeTimeout, NodeRefused, MeshError.
+    """
+    if name is None:
+        return ask(find_node(state), op, timeout_s, on_progress, **fields)
+    nodes = running_nodes()
+    for node in nodes:
+        if node.name == name or (len(name) >= ID_PREFIX and node.node.startswith(name)):
+            return ask(find_node(state, name), op, timeout_s, on_progress, **fields)
+    # Another node's process may wait for the network: leave it time to say that nothing came.
+    within_s = max(timeout_s / 2, timeout_s - 1.0)
+    chosen = state or os.environ.get("MESH_STATE")
+    if not nodes and not chosen:
+        find_node(state, name)  # says that there is none
+    own = find_node(state) if chosen else None
+    unknown = UsageError(f"no node {name!r}")
+    for node in [own] if own else nodes:
+        try:
+            answer = ask(node, op, timeout_s, on_progress, of=name, within_s=within_s, **fields)
+        except UsageError as error:
+            unknown = error
+            continue
+        return {key: _printable(value) for key, value in answer.items()}
+    raise unknown
+
+
+def _printable(value: Any) -> Any:
+    """What another machine said, as a terminal may show it."""
+    match value:
+        case str():
+            return "".join(c if c.isprintable() else "?" for c in value)
+        case list():
+            return [_printable(item) for item in value]
+        case dict():
+            return {_printable(key): _printable(item) for key, item in value.items()}
+    return value
+
+
+def _kind(code: object) -> type[MeshError]:
+    kinds: tuple[type[MeshError], ...] = (UsageError, NodeTimeout, NodeRefused)
+    return next((kind for kind in kinds if kind.code == code), MeshError)
+
+
 def node_of_state(state: Path) -> RunningNode:
     """The node that runs with this state directory. Raises NodeNotRunning."""
+    found = _about(state)
+    try:
+        LocalSocket(found.control).close()
+    except NodeNotRunning:
+        if not _clean_up(found):
+            raise
+        raise NodeKilled(
+            f"the node that ran with {state} was killed; what it left behind is cleaned up: "
+            "`mesh up` or `mesh run SCRIPT` starts it again"
+        ) from None
+    return found
+
+
+def _about(state: Path) -> RunningNode:
+    """What a node says of itself in its state directory. Raises NodeNotRunning."""
     try:
         about = json.loads((state / "node.json").read_bytes())
-        found = RunningNode(
+        return RunningNode(
             node=str(about["node"]),
             name=str(about["name"]),
             pid=int(about["pid"]),
@@ -124,13 +224,44 @@ def node_of_state(state: Path) -> RunningNode:
         raise NodeNotRunning(
             f"no node runs with {state}: start one with `mesh up` or `mesh run SCRIPT`"
         ) from None
-    LocalSocket(found.control).close()
-    return found
+
+
+class NodeKilled(NodeNotRunning):
+    """A node's files were there and its process was not."""
+
+
+def _clean_up(found: RunningNode) -> bool:
+    """Takes away what a killed process left, if none runs there: its lock is free, and is held here
+    meanwhile, so that none begins. Its identity stays."""
+    import fcntl  # only here, where something is wrong
+
+    try:
+        lock = os.open(found.state / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        about = json.loads((found.state / "node.json").read_bytes())
+        if about["pid"] != found.pid:
+            return False
+        entry = host_directory() / f"{found.node[:16]}.json"
+        for path in (Path(found.control), found.state / "node.json", entry):
+            path.unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def running_nodes() -> list[RunningNode]:
-    """All nodes of this user on this machine, by name. Entries of dead processes are left out."""
-    found = []
+    """All nodes of this user on this machine, by name. What dead ones left is cleaned up."""
+    return _running_nodes()[0]
+
+
+def _running_nodes() -> tuple[list[RunningNode], list[NodeKilled]]:
+    found: list[RunningNode] = []
+    killed: list[NodeKilled] = []
     try:
         entries = sorted(host_directory().glob("*.json"))
     except OSError:
@@ -139,9 +270,13 @@ def running_nodes() -> list[RunningNode]:
         try:
             state = Path(json.loads(entry.read_bytes())["state"])
             found.append(node_of_state(state))
+        except NodeKilled as error:
+            killed.append(error)
+        except NodeTimeout:
+            found.append(_about(state))  # it is there, and whoever asks it is told that it hangs
         except (OSError, ValueError, KeyError, TypeError, MeshError):
             continue
-    return sorted(found, key=lambda node: (node.name, node.node))
+    return sorted(found, key=lambda node: (node.name, node.node)), killed
 
 
 def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
@@ -151,12 +286,14 @@ def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
     """
     if (state or os.environ.get("MESH_STATE")) and name is None:
         return node_of_state(state_directory(state))
-    nodes = running_nodes()
+    nodes, killed = _running_nodes()
     if name is not None:
         nodes = [n for n in nodes if n.name == name or n.node.startswith(name)]
         if not nodes:
             known = ", ".join(n.name for n in running_nodes()) or "none"
             raise NodeNotRunning(f"no node named {name!r} runs here; running: {known}")
+    if not nodes and killed:
+        raise killed[0]
     if not nodes:
         return node_of_state(state_directory())
     if len(nodes) > 1:

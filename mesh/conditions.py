@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import Final
 
+from mesh.core.strategies import STRATEGIES
 from mesh.errors import UsageError
 
 ALONE: Final = "alone"
 ONE_PLACE: Final = "one-place"
 REFERENCES: Final = (ALONE, ONE_PLACE)
-STRATEGIES: Final = ("pair",)
-"""Those that a run can average by."""
-
 NODES_LIMIT: Final = 256
 STEP_S: Final = 0.01
 """Virtual seconds of a step at speed 1: longer than a small model's exchange, as in life."""

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import sys
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,9 +20,12 @@ from typing import Any, Final, Protocol
 import trio
 
 from mesh import report
+from mesh.answers import Answers, Request, failure
 from mesh.codec import EXACT, check_codec
+from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
+from mesh.core.strategies import PAIR, check_strategy
 from mesh.errors import MeshError, UsageError
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -33,15 +35,12 @@ LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 """The schema of 65,536 tensors is about 8 MB."""
 
 EVENTS_LIMIT: Final = 1024
-EXITS_KEPT: Final = 16
 CONNECTIONS_LIMIT: Final = 64
 MODEL_LIMIT_ENTRIES: Final = 2**33
 """32 GiB a replica: beyond what a machine that averages over its LAN holds four times."""
 
 LOSS_LIMIT: Final = 1e300
 DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
-
-Request = dict[str, Any]
 
 
 class Lines(Protocol):
@@ -55,23 +54,18 @@ class Lines(Protocol):
 class Control:
     """Serves one node's local socket."""
 
-    def __init__(self, node: Node, *, mesh: str, state: Path, stop: Callable[[], None]) -> None:
-        """`stop` ends the node process politely (`mesh leave`)."""
+    def __init__(self, node: Node, answers: Answers) -> None:
         self._node = node
-        self._mesh = mesh
-        self._state = state
-        self._stop = stop
-        self._exits: deque[report.Exit] = deque(maxlen=EXITS_KEPT)
+        self._asked = answers
+        self._exits = answers.exits
         self._connections = 0
         self.linger_until = 0.0
         """on trio's clock: till when the node outlives the program that started it"""
         self._answers: dict[str, Callable[[Request], dict[str, Any]]] = {
-            "status": self._status,
-            "peers": self._peers,
             "exited": self._exited,
             "linger": self._linger,
-            "leave": self._leave,
         }
+        """what only programs of this machine say; all else is answers.py's"""
 
     async def serve(self, listener: trio.socket.SocketType) -> None:
         """Accepts connections until cancelled."""
@@ -95,29 +89,28 @@ class Control:
                 if request.get("op") == "attach":
                     await self.attach(lines, request)
                     return
-                await lines.send(self._answer(request))
+                if request.get("op") == "pull":
+                    await self._pull(lines, request)
+                    return
+                await lines.send(await self._answer(lines, request))
         except OSError:
             pass  # whoever asked went away
         finally:
             self._connections -= 1
             connection.close()
 
-    def _answer(self, request: Request) -> dict[str, Any]:
+    async def _answer(self, lines: "_Lines", request: Request) -> dict[str, Any] | str:
+        async def tell(progress: dict[str, Any]) -> None:
+            if request.get("progress") is True:
+                await lines.send({"progress": progress})
+
         answer = self._answers.get(str(request.get("op")))
-        if answer is None:
-            return _error(UsageError(f"this node knows no {request.get('op')!r}"))
         try:
-            return {"ok": True, **answer(request)}
+            if answer is not None:
+                return {"ok": True, **answer(request)}
+            return await self._asked.answer(request, tell)
         except MeshError as error:
-            return _error(error)
-
-    def _status(self, request: Request) -> dict[str, Any]:
-        return report.status(
-            self._node.statistics(), mesh=self._mesh, state=str(self._state), exits=self._exits
-        )
-
-    def _peers(self, request: Request) -> dict[str, Any]:
-        return report.peers(self._node.statistics())
+            return failure(error)
 
     def _exited(self, request: Request) -> dict[str, Any]:
         """`mesh run` reports how its script ended."""
@@ -136,13 +129,30 @@ class Control:
         self.linger_until = max(self.linger_until, until)
         return {}
 
-    def _leave(self, request: Request) -> dict[str, Any]:
-        self._stop()
-        return {}
-
     def _note_exit(self, run: str | None, script: str, pid: int, code: int | None) -> None:
         at_s = self._node.statistics().uptime_s
         self._exits.append(report.Exit(run=run, script=script, pid=pid, code=code, at_s=at_s))
+
+    async def _pull(self, lines: "_Lines", request: Request) -> None:
+        """`mesh pull`: until the model is there, or whoever asked goes away."""
+        async with trio.open_nursery() as nursery:
+
+            async def hear(event: Request, descriptor: int | None = None) -> None:
+                with contextlib.suppress(OSError):  # it went away: receive() below sees it too
+                    await lines.send(event, descriptor)
+
+            async def pull() -> None:
+                try:
+                    nodes = _whole(request, "peers", low=1)
+                    await self._node.observer.pull(str(request.get("run")), nodes, hear)
+                except (MeshError, MemoryError) as error:
+                    await hear(failure(error))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(pull)
+            with contextlib.suppress(OSError):
+                await lines.receive()
+            nursery.cancel_scope.cancel()
 
     # -------------------------------------------------------------------------------- trainings
 
@@ -154,7 +164,7 @@ class Control:
             entries = sum(math.prod(entry.shape) for entry in spec.entries)
             memory = HandOverMemory.create(entries)
         except (MeshError, OSError) as error:
-            await lines.send(_error(error))
+            await lines.send(failure(error))
             return
         put, take = trio.open_memory_channel[dict[str, Any]](EVENTS_LIMIT)
         run: Run | None = None
@@ -185,6 +195,8 @@ class Control:
             memory.close()
             if run is not None and not polite:
                 self._note_exit(spec.run, spec.script, spec.pid, None)
+                text = f"the training of {spec.run} (pid {spec.pid}) ended without a word"
+                self._node.journal.record("lost", text, run=spec.run)
         await lines.send({"event": "detached"})
 
     async def _tell_training(
@@ -255,8 +267,10 @@ class _Lines:
             return None
         return request if isinstance(request, dict) else None
 
-    async def send(self, answer: dict[str, Any], descriptor: int | None = None) -> None:
-        data = memoryview(json.dumps(answer, allow_nan=False).encode() + b"\n")
+    async def send(self, answer: dict[str, Any] | str, descriptor: int | None = None) -> None:
+        """An object, or one that is written already."""
+        text = answer if isinstance(answer, str) else json.dumps(answer, allow_nan=False)
+        data = memoryview(text.encode() + b"\n")
         async with self._sending:
             if descriptor is not None:
                 rights = struct.pack("i", descriptor)
@@ -289,11 +303,6 @@ def _is_own_user(connection: trio.socket.SocketType) -> bool:
     return user in (os.getuid(), 0)
 
 
-def _error(error: Exception) -> dict[str, Any]:
-    code = "usage" if isinstance(error, UsageError) else "error"
-    return {"ok": False, "error": {"code": code, "message": str(error)}}
-
-
 def _whole(request: Request, key: str, low: int = 0) -> int:
     value = request.get(key)
     if type(value) is not int or not low <= value < 2**63:
@@ -317,12 +326,13 @@ def _spec(request: Request) -> RunSpec:
         raise UsageError(f"a model has 1..{ENTRIES_LIMIT} tensors")
     entries = tuple(_entry(item) for item in schema)
     codec = check_codec(request.get("codec", EXACT))
+    weight = _real(request, "weight", 0.0, 1e12)
     if not 0 < sum(math.prod(entry.shape) for entry in entries) <= MODEL_LIMIT_ENTRIES:
         raise UsageError(f"a model has 1..{MODEL_LIMIT_ENTRIES:,} numbers")
     return RunSpec(
         run=name,
         entries=entries,
-        weight=_real(request, "weight", 0.0, 1e12),
+        weight=weight,
         every=_whole(request, "every", low=1),
         sync_timeout_s=_real(request, "sync_timeout_s", 0.0, 86400.0),
         pid=_whole(request, "pid"),
@@ -330,6 +340,9 @@ def _spec(request: Request) -> RunSpec:
         started=request.get("started") is True,
         exchanged=request.get("exchanged") is True,
         codec=codec,
+        strategy=check_strategy(str(request.get("strategy", PAIR)), weight),
+        step=_whole({"step": 0, **request}, "step"),
+        clock=_real({"clock": 0.0, **request}, "clock", -CLOCK_LIMIT, CLOCK_LIMIT),
     )
 
 

@@ -10,6 +10,7 @@ import trio
 
 from mesh import wire
 from mesh.core.exchange import Initiation, share
+from mesh.core.guard import too_long
 from mesh.core.messages import (
     Delta,
     ExchangeOpened,
@@ -32,6 +33,7 @@ class Refused(MeshError):
     def __init__(self, message: ExchangeRefused) -> None:
         super().__init__(message.reason)
         self.unknown = message.unknown
+        self.position = message.position
 
 
 class Conversation:
@@ -65,9 +67,15 @@ class Conversation:
                     exchanged=info.exchanged,
                     progress=info.progress,
                     codec=record.codec,
+                    strategy=info.strategy,
+                    first=record.first,
+                    end=record.end,
+                    reach=record.reach,
+                    turn=record.turn,
+                    clock=record.clock,
                 )
             )
-            if record.fragments == 1:
+            if record.end - record.first == 1:
                 # Small models: one packet each way, no second task.
                 await self._send()
                 await self._receive()
@@ -110,7 +118,7 @@ class Conversation:
         run, record = self._run, self._record
         buffer = run.buffers.take()
         try:
-            while record.sent < record.fragments and not self._stopped:
+            while record.sent < record.end and not self._stopped:
                 index = record.next_to_send()
                 if index is None:
                     self._room = trio.Event()
@@ -141,7 +149,10 @@ class Conversation:
                         weight = message.weight
                         if not record.pull and weight + self._run.spec.weight <= 0:
                             raise RemoteProtocolError("two replicas of weight 0")
-                    case Delta() if weight is not None and message.index < record.fragments:
+                        self._run.clock_answered(record, message.clock, weight)
+                    case Delta() if weight is not None and message.index < record.end:
+                        if record.pull and self._run.ended:
+                            raise StreamLost("the run ended here")
                         if length != self._run.replica.body_bytes(message.index, self._codec):
                             raise RemoteProtocolError(f"a delta of {length} bytes")
                         await self._reader.body(buffer[:length], timeout_s=STALL_S)
@@ -161,6 +172,13 @@ class Conversation:
         if record.pull:
             replica.take(message.index, body, self._run.taken, self._codec)
         else:
-            step = share(weight, self._run.spec.weight, halved=message.halved)
-            record.square_distance += replica.apply(message.index, body, step, self._codec)
+            mine = self._run.spec.weight
+            step = share(weight, mine, halved=message.halved, turn=record.turn)
+            record.square_distance += replica.apply(
+                message.index, body, step, self._codec, self._check_length
+            )
         self._room.set()
+
+    def _check_length(self, square: float) -> None:
+        if too_long(self._record.reach, self._record.square_distance + square):
+            raise RemoteProtocolError("deltas longer than this node's reach")

@@ -7,6 +7,11 @@ A message says what happened and what to do about it; it is shown to people with
 class MeshError(Exception):
     """Base of all errors of this library; catch this one."""
 
+    code = "error"
+    """how programs know it: of the local socket's answers and of `mesh.error/1`"""
+    hint = "`mesh status` shows how this machine's node is"
+    """what to try where the message alone does not say it"""
+
 
 def first_of(error: BaseException) -> BaseException:
     """The first error in a group of groups, as trio's nurseries raise them; or the error itself."""
@@ -18,9 +23,29 @@ def first_of(error: BaseException) -> BaseException:
 class UsageError(MeshError):
     """The caller asked for something that cannot be: the message says what to change."""
 
+    code = "usage"
+    hint = "`mesh COMMAND --help` lists what there is"
+
 
 class NodeNotRunning(MeshError):
     """No node answers on this machine (the `mesh` command exits with 3)."""
+
+    code = "no_node"
+    hint = "start one with `mesh up` or `mesh run SCRIPT`"
+
+
+class NodeTimeout(MeshError, TimeoutError):
+    """A node did not answer in time: stopped, stuck or cut off (the `mesh` command exits with 5)."""
+
+    code = "timeout"
+    hint = "is it stopped, or its machine overloaded? try again"
+
+
+class NodeRefused(MeshError):
+    """A node does not do that for another (the `mesh` command exits with 6)."""
+
+    code = "refused"
+    hint = "start that node with `mesh up --allow-control`"
 
 
 class IdentityError(MeshError):
@@ -42,10 +67,13 @@ class PeerTimeout(StreamLost):
 class ScriptFailed(MeshError):
     """A script that was simulated ended with an error: the message is its traceback."""
 
-    def __init__(self, message: str, code: int) -> None:
-        """`code`: what its process would have ended with."""
+    code = "script"
+    hint = "the traceback is the script's own"
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """`exit_code`: what its process would have ended with."""
         super().__init__(message)
-        self.code = code
+        self.exit_code = exit_code
 
 
 class ProtocolError(MeshError):

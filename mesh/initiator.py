@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final
 
-import numpy as np
 import trio
 
 from mesh.codec import EXACT
@@ -21,6 +20,7 @@ from mesh.core.messages import (
     NodeId,
     RunInfo,
 )
+from mesh.core.strategies import part_of
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import FrameReader
 from mesh.links import Peer
@@ -71,13 +71,16 @@ class Initiator:
         record = self._record(run, start)
         run.current = record
         if start.pull:
-            # Before a training begins its offer buffer is idle; one that trains is reading it.
-            idle = run.hand_over.offered if run.how is None else None
-            run.taken = np.empty_like(run.replica.weights) if idle is None else idle
+            record.goes_on_at(run.take_up(start.peer, resumes=start.resumes, now=began))
+        first = record.applied
         try:
-            outcome, reason = await self._drive_until_broken_off(run, record, start.addresses)
-            if start.pull and outcome is ev.Outcome.COMPLETED:
-                await run.fill()
+            outcome, reason = await self._drive_until_broken_off(
+                run, record, start.addresses, lambda: self._current_info(run)
+            )
+            if outcome is ev.Outcome.COMPLETED:
+                await self._settle(run, record, start)
+            elif start.pull:
+                run.broke_off(record, resumes=start.resumes, now=trio.current_time())
         finally:
             run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)
@@ -92,8 +95,26 @@ class Initiator:
                     duration_s=trio.current_time() - began,
                     square_distance=record.square_distance,
                     square_norm=run.replica.square_norm(),
+                    clip=record.clip,
+                    ahead=record.ahead,
+                    brought=record.applied - first,
                 )
             )
+
+    async def _settle(self, run: Run, record: Initiation, start: ev.StartExchange) -> None:
+        """What a strategy does with a replica once an exchange has brought it all."""
+        if record.clip:
+            record.square_distance = await run.mix_clipped()
+        elif start.pull:
+            await run.fill()
+        elif not start.rest:
+            await run.step_outer()
+
+    async def observe(
+        self, run: Run, record: Initiation, addresses: tuple[Address, ...], info: RunInfo
+    ) -> tuple[ev.Outcome, str]:
+        """A pull for a run that nobody trains here (observer.py); what it brings goes to run.taken."""
+        return await self._drive_until_broken_off(run, record, addresses, lambda: info)
 
     async def close(self) -> None:
         """Ends the idle connections."""
@@ -118,12 +139,19 @@ class Initiator:
         if unfinished is not None:
             run.counters.resumed += 1
             return unfinished
+        fragments = run.replica.fragments
+        first, end = (0, fragments) if start.part is None else part_of(fragments, start.part)
         return Initiation(
             exchange=start.exchange,
             peer=start.peer,
-            fragments=run.replica.fragments,
+            first=first,
+            end=end,
             pull=start.pull,
             codec=EXACT if start.pull or start.rest else run.spec.codec,
+            clip=start.clip,
+            turn=start.turn,
+            reach=run.reach(),
+            clock=run.clock.steps,
         )
 
     def _count(self, run: Run, record: Initiation, outcome: ev.Outcome) -> None:
@@ -132,8 +160,10 @@ class Initiator:
                 run.counters.completed += 1
                 run.counters.pulled += record.pull
                 run.exchanged_at, run.last_peer = trio.current_time(), record.peer
-                if not record.pull:
+                if record.clip or not record.pull:
                     run.distances.append(record.square_distance)
+                if not record.pull:
+                    run.guard.heard(record.square_distance)
             case ev.Outcome.REFUSED:
                 run.counters.refused += 1
             case ev.Outcome.INTERRUPTED:
@@ -143,13 +173,17 @@ class Initiator:
                 run.counters.failed += 1
 
     async def _drive_until_broken_off(
-        self, run: Run, record: Initiation, addresses: tuple[Address, ...]
+        self,
+        run: Run,
+        record: Initiation,
+        addresses: tuple[Address, ...],
+        info_now: Callable[[], RunInfo | None],
     ) -> tuple[ev.Outcome, str]:
         scopes = self._scopes.setdefault(record.peer, [])
         with trio.CancelScope() as scope:
             scopes.append(scope)
             try:
-                return await self._drive(run, record, addresses)
+                return await self._drive(run, record, addresses, info_now)
             finally:
                 scopes.remove(scope)
                 if not scopes:
@@ -165,20 +199,25 @@ class Initiator:
         return ev.Outcome.INTERRUPTED if record.in_doubt else ev.Outcome.ABANDONED
 
     async def _drive(
-        self, run: Run, record: Initiation, addresses: tuple[Address, ...]
+        self,
+        run: Run,
+        record: Initiation,
+        addresses: tuple[Address, ...],
+        info_now: Callable[[], RunInfo | None],
     ) -> tuple[ev.Outcome, str]:
         """Connections, one after the other, until the exchange is over."""
         reason, attempts = "", 0
         while attempts < ATTEMPTS:
-            info = self._info_of(run.name)
-            if info is None or self._runs.get(run.name) is not run:
+            info = info_now()
+            if info is None:
                 return ev.Outcome.ABANDONED, "the run ended here"
             applied = record.applied
             try:
-                async with self._stream_to(record.peer, addresses) as (stream, reader):
+                async with self.stream_to(record.peer, addresses) as (stream, reader):
                     await Conversation(run, record, stream, reader).hold(info)
                 return ev.Outcome.COMPLETED, ""
             except Refused as refusal:
+                record.ahead = refusal.position
                 outcome = ev.Outcome.ABANDONED if refusal.unknown else ev.Outcome.REFUSED
                 return outcome, str(refusal)
             except NotFinite as error:
@@ -198,8 +237,12 @@ class Initiator:
                 await trio.sleep(RETRY_S * (attempts - 1))
         return self._broken(record), reason
 
+    def _current_info(self, run: Run) -> RunInfo | None:
+        """What this node says of a run now; None once it has ended."""
+        return self._info_of(run.name) if self._runs.get(run.name) is run else None
+
     @contextlib.asynccontextmanager
-    async def _stream_to(
+    async def stream_to(
         self, peer: NodeId, addresses: tuple[Address, ...]
     ) -> AsyncIterator[tuple[Stream, FrameReader]]:
         """A bulk connection for one conversation; kept for the next unless this one broke it."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 import trio
 
-from mesh import report
+from mesh.answers import Answers
 from mesh.baton import Program
 from mesh.client import LocalSocket
 from mesh.conditions import ONE_PLACE, STEP_S, Conditions
@@ -79,13 +79,19 @@ class Laboratory:
         """Lives it. What ended a program, and so everything, is in `error` then."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a second one costs small models more than it brings
+        interrupted = False
         try:
-            run_seeded(self._live, self.conditions.seed)
-        except BaseExceptionGroup as group:
+            try:
+                run_seeded(self._live, self.conditions.seed)
+            except* KeyboardInterrupt:
+                interrupted = True
+        except ExceptionGroup as group:
             raise first_of(group) from None
         finally:
             self._surround(self._main)
             torch.set_num_threads(threads)
+        if interrupted:
+            raise KeyboardInterrupt
 
     async def _live(self, rng: Random) -> None:
         self._clock = trio.lowlevel.current_clock()
@@ -144,7 +150,8 @@ class Laboratory:
             store_incarnation=lambda _: None,
             note=lambda _: None,
         )
-        machine.control = Control(machine.node, mesh="", state=Path(), stop=lambda: None)
+        machine.answers = Answers(machine.node, mesh="", state=Path(), stop=lambda: None)
+        machine.control = Control(machine.node, machine.answers)
 
     async def _live_one(self, machine: Machine) -> None:
         try:
@@ -347,12 +354,17 @@ class Laboratory:
         """This run's part of `mesh status`."""
         if machine.node is None:
             return {"partners": self.conditions.nodes - 1}
-        statistics: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
 
         async def ask() -> None:
-            assert machine.node is not None
-            now = machine.node.statistics()
-            statistics.extend(report.status(now, mesh="", state="", exits=())["runs"])
+            assert machine.answers is not None
+            answer = await machine.answers.answer({"op": "status"}, _nobody)
+            assert isinstance(answer, dict)
+            found.extend(answer["runs"])
 
         machine.program.ask(ask)
-        return next((found for found in statistics if found["run"] == run), {})
+        return next((about for about in found if about["run"] == run), {})
+
+
+async def _nobody(progress: dict[str, Any]) -> None:
+    """Hears how far a question is that takes no time."""

@@ -82,14 +82,31 @@ def simulate(
         look_every=evaluate_every if evaluate_every is not None else steps,
     )
 
+    weight_of = weight if callable(weight) else lambda rank: weight
+    work = _program(build, loader, weight_of, every)
+    laboratory = Laboratory(conditions, inside(work))
+    if evaluate_every is not None:
+        laboratory.look = lambda laboratory: look_at(laboratory, evaluate)
+    began = time.perf_counter()
+    laboratory.run()
+    if laboratory.error is not None:
+        raise laboratory.error
+    return report_on(laboratory, evaluate, time.perf_counter() - began)
+
+
+def _program(
+    build: Build, loader: Loader, weight_of: Callable[[int], float], every: int
+) -> Callable[[Laboratory, Machine], None]:
+    """What each machine does."""
+
     def work(laboratory: Laboratory, machine: Machine) -> None:
         rank = machine.rank
         model, optimizer, loss_of = build(rank)
         batches = _endless(lambda: loader(rank), rank)
-        own = weight(rank) if callable(weight) else weight
-        with join(model, optimizer, run=RUN, every=every, weight=own, codec=codec) as node:
+        conditions = laboratory.conditions
+        with join(model, optimizer, run=RUN, every=every, weight=weight_of(rank)) as node:
             if conditions.meets and not machine.newcomer:
-                node.wait_for_peers(nodes - 1, timeout=FIRST_WEIGHTS_S)
+                node.wait_for_peers(conditions.nodes - 1, timeout=FIRST_WEIGHTS_S)
                 laboratory.gather(machine)
             while laboratory.goes_on(machine):
                 x, y = next(batches)
@@ -103,14 +120,7 @@ def simulate(
             with node.averaged():
                 laboratory.left(machine)
 
-    laboratory = Laboratory(conditions, inside(work))
-    if evaluate_every is not None:
-        laboratory.look = lambda laboratory: look_at(laboratory, evaluate)
-    began = time.perf_counter()
-    laboratory.run()
-    if laboratory.error is not None:
-        raise laboratory.error
-    return report_on(laboratory, evaluate, time.perf_counter() - began)
+    return work
 
 
 def _endless(

@@ -6,10 +6,11 @@ Rules: 1. What a node says of itself is never asked: the ledger counts by itself
 the sum of p * w, changes only by what trainings post, and by what dies. 3. It knows no network.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,17 +71,24 @@ class WatchedReplica(Replica):
             out[:4] = NOT_A_NUMBER
 
     def answer(
-        self, index: int, body: memoryview, share: float, reply: memoryview, codec: Codec
+        self,
+        index: int,
+        body: memoryview,
+        share: float,
+        reply: memoryview,
+        codec: Codec,
+        room: float = math.inf,
     ) -> float:
-        distance = super().answer(index, body, share, reply, codec)
+        distance = super().answer(index, body, share, reply, codec, room)
         if self.answered is not None:
             self._ledger.fail(f"{self.node[:8]} answered a fragment and kept no reply")
         self.answered = index, share, self._decode(index, reply, codec)
         self._ledger.moved(self, self.slice_of(index))
         return distance
 
-    def apply(self, index: int, body: memoryview, share: float, codec: Codec) -> float:
-        distance = super().apply(index, body, share, codec)
+    def apply(self, index: int, body: memoryview, share: float, *rest: Any) -> float:
+        codec: Codec = rest[0]
+        distance = super().apply(index, body, share, *rest)
         if self.run is not None and self.run.current is not None:
             posted = self.since_asked.pop((self.run.current.exchange, index), 0.0)
             self._ledger.posted_meanwhile(self, self.slice_of(index), posted)
@@ -124,14 +132,16 @@ class WatchedResponses(Responses[KeptReply]):
     _replica: WatchedReplica
     _ledger: "Ledger"
 
-    def open(self, initiator: NodeId, exchange: int, start: int, codec: str) -> str | None:
-        reason = super().open(initiator, exchange, start, codec)
+    def open(self, initiator: NodeId, exchange: int, *rest: Any, **named: Any) -> str | None:
+        reason = super().open(initiator, exchange, *rest, **named)
         if reason is None:
             self._ledger.opened(self._replica, initiator, exchange)
         return reason
 
-    def applied(self, initiator: NodeId, exchange: int, index: int, reply: KeptReply) -> None:
-        super().applied(initiator, exchange, index, reply)
+    def applied(
+        self, initiator: NodeId, exchange: int, index: int, reply: KeptReply, *square: float
+    ) -> None:
+        super().applied(initiator, exchange, index, reply, *square)
         if self.kept_replies > WINDOW * len(self._records):
             self._ledger.fail(f"{self._replica.node[:8]} keeps more replies than a window each")
         self._ledger.answered(self._replica, (initiator, exchange, index), reply.halved)

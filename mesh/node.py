@@ -6,9 +6,7 @@ happens comes through one bounded inbox; everything that is asked for is perform
 same code runs over TCP and over the simulated network.
 """
 
-import contextlib
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -21,32 +19,28 @@ from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.averaging import RUNS_LIMIT
 from mesh.core.membership import first_row
-from mesh.core.messages import PROTOCOL, Hello, NodeId, Purpose, Refusal
+from mesh.core.messages import Member, NodeId
 from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
+from mesh.core.strategies import fragment_entries
+from mesh.desk import Desk
+from mesh.doors import Doors
 from mesh.errors import (
-    ConnectionRefused,
-    IdentityError,
-    MeshError,
     NotFinite,
-    RemoteProtocolError,
-    StreamLost,
     UsageError,
 )
-from mesh.frames import send_frame
 from mesh.initiator import Initiator
-from mesh.links import Incompatible, Itself, Links, Peer, Twin, dial, greet
-from mesh.net.transport import Candidate, Discovery, Stream, Transport
+from mesh.journal import Journal
+from mesh.links import Links, Peer
+from mesh.net.transport import Candidate, Discovery, Transport
+from mesh.observer import Observer
 from mesh.replica import Replica
 from mesh.responder import Responder
-from mesh.runs import Run, RunSpec, RunStatistics, Tell, make_run, run_statistics
+from mesh.run_statistics import RunStatistics, run_statistics
+from mesh.runs import Run, RunSpec, Tell, make_run
 
 INBOX_LIMIT: Final = 1024
 """Events that may wait for the loop; whoever brings more waits itself."""
-
-NOTES_KEPT: Final = 256
-LAST_WORD_S: Final = 1.0
-"""For telling a peer what it did wrong before its connection is closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +75,7 @@ class Node:
         the first of a block that no process of this node used; `note` gets a line per happening."""
         self.id = node
         self.name = name
-        self._instance = rng.getrandbits(62)
+        instance = rng.getrandbits(62)
         self._transport = transport
         self._discovery = discovery
         self._candidates = candidates
@@ -91,23 +85,37 @@ class Node:
         self._protocol = MeshProtocol(first_row(node, name, incarnation, ()), rng)
         self._put, self._take = trio.open_memory_channel[ev.Event](INBOX_LIMIT)
         self._links = Links(self._put.send)
+        self._doors = Doors(
+            transport,
+            self._links,
+            name=name,
+            instance=instance,
+            own=lambda: self._protocol.own,
+            emit=self._put.send,
+            refused=self.count_refused,
+        )
         self._runs: dict[str, Run] = {}
+        info_of, refused = self._protocol.run_info, self.count_refused
         self._initiator = Initiator(
             self._runs,
-            connect=self._connect_bulk,
+            connect=self._doors.connect_bulk,
             emit=self._put.send,
-            info_of=self._protocol.run_info,
-            refused=self.count_refused,
+            info_of=info_of,
+            refused=refused,
         )
         self._responder = Responder(
             node,
             self._runs,
             emit=self._put.send,
-            info_of=self._protocol.run_info,
-            refused=self.count_refused,
+            info_of=info_of,
+            out_of_turn=self._protocol.out_of_turn,
+            refused=refused,
         )
+        self.observer = Observer(self._protocol, self._initiator, self._runs, self._codecs, rng)
+        self._doors.answer_bulk = self._responder.answer
         self._nursery: trio.Nursery | None = None
-        self._notes: deque[str] = deque(maxlen=NOTES_KEPT)
+        self.journal = Journal(self._protocol.name_of)
+        self.desk = Desk(self._put.send, rng)
         self._started_at = 0.0
         self.addresses: tuple[Address, ...] = ()
         self.listening = trio.Event()
@@ -118,11 +126,11 @@ class Node:
 
     async def run(self) -> None:
         """Runs until cancelled. Cancel it after leave() to go politely."""
-        self._started_at = trio.current_time()
+        self._started_at = self.journal.began_at = self._doors.began_at = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = self._links.nursery = nursery
-                nursery.start_soon(self._transport.serve, self._welcome, self._listens)
+                nursery.start_soon(self._transport.serve, self._doors.welcome, self._listens)
                 await self.listening.wait()
                 if self._discovery is not None:
                     nursery.start_soon(
@@ -146,7 +154,7 @@ class Node:
         now = trio.current_time()
         protocol = self._protocol.statistics(now)
         runs = tuple(
-            run_statistics(run, protocol.partners.get(name, 0), now)
+            run_statistics(run, protocol.partners.get(name, 0), now, self.journal.rates(run))
             for name, run in self._runs.items()
         )
         return NodeStatistics(
@@ -155,8 +163,12 @@ class Node:
             uptime_s=now - self._started_at,
             refused=dict(self._links.refused),
             dropped=self._links.dropped,
-            notes=tuple(self._notes),
+            notes=self.journal.notes,
         )
+
+    def members(self) -> tuple[Member, ...]:
+        """All that are known and did not leave, this node first."""
+        return self._protocol.members()
 
     def living_addresses(self, limit: int) -> list[Address]:
         """Where the living are, for the next start; cheap, however many there are."""
@@ -179,9 +191,10 @@ class Node:
         """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
         weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
         self.check_run(spec)
-        replica, now = self._make_replica(len(posted)), trio.current_time()
+        replica, now = self._make_replica(spec, len(posted)), trio.current_time()
         partners = partial(self._protocol.partner_count, spec.run)
         run = make_run(spec, replica, self._codecs, posted, offered, tell, partners, now)
+        run.paused = self._protocol.paused(spec.run)
         self._runs[spec.run] = run
         try:
             await run.load()
@@ -198,26 +211,52 @@ class Node:
                 sync_timeout_s=spec.sync_timeout_s,
                 started=spec.started,
                 exchanged=spec.exchanged,
+                strategy=spec.strategy,
             )
         )
         return run
 
-    def _make_replica(self, entries: int) -> Replica:
+    def _make_replica(self, spec: RunSpec, entries: int) -> Replica:
         """Where the simulator puts one that watches itself."""
-        return Replica(entries)
+        return Replica(entries, fragment_entries(spec.strategy, entries))
 
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""
         if self._runs.get(run.name) is run:
-            await self._put.send(ev.Posted(run=run.name, waits=waits))
+            figures = self.journal.posted(run)
+            await self._put.send(ev.Posted(run=run.name, waits=waits, figures=figures))
 
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
         if self._runs.get(run.name) is run:
+            run.ended = True
             # The name is free again only when the loop is done with it: nothing that was decided
             # for this run may reach the next one.
             await self._send_and_wait(ev.RunDetached(run=run.name))
             del self._runs[run.name]
+
+    @property
+    def own(self) -> Member:
+        """This node's own row."""
+        return self._protocol.own
+
+    @property
+    def runs(self) -> Mapping[str, Run]:
+        """Attached now, by name."""
+        return self._runs
+
+    def name_of(self, node: NodeId) -> str:
+        """What a member calls itself."""
+        return self._protocol.name_of(node)
+
+    async def connect_bulk(self, peer: Member) -> Peer:
+        """A connection of its own to a member, such as weights travel by. Raises StreamLost."""
+        return await self._doors.connect_bulk(peer.node, peer.addresses)
+
+    async def pause(self, run: Run, *, paused: bool) -> None:
+        """Begins and answers no exchanges of a run from now on, or does so again."""
+        run.paused = paused
+        await self._send_and_wait(ev.PauseChanged(run=run.name, paused=paused))
 
     def exchanged(self, run: Run) -> bool:
         """Whether this run's weights have met another node's."""
@@ -248,6 +287,7 @@ class Node:
             effects = self._protocol.on_deadline(now)
         else:
             effects = self._protocol.handle(event, now)
+            self.journal.saw(event, self._runs)
         for effect in effects:
             self._perform(effect)
         if (handled := self._awaited.pop(id(event), None)) is not None:
@@ -265,7 +305,7 @@ class Node:
         assert self._nursery is not None
         match effect:
             case ev.Dial():
-                self._nursery.start_soon(self._dial, effect)
+                self._nursery.start_soon(self._doors.dial, effect)
             case ev.Send():
                 self._links.send(effect.connection, effect.message)
             case ev.Hangup():
@@ -286,14 +326,19 @@ class Node:
                     donor = self._protocol.name_of(effect.donor) if effect.donor else None
                     run = self._runs[effect.run]
                     run.how = effect.how
+                    self.journal.begun(effect)
                     self._nursery.start_soon(run.begin, donor)
             case ev.Offer():
                 if effect.run in self._runs:
                     self._nursery.start_soon(self._runs[effect.run].offer)
+            case ev.Perform():
+                self._nursery.start_soon(self.desk.perform, effect)
+            case ev.Told():
+                self.desk.told(effect)
             case ev.StoreIncarnation():
                 self._store_incarnation(effect.incarnation)
             case ev.Note():
-                self._notes.append(effect.text)
+                self.journal.note(effect)
                 self._note(effect.text)
             case _:
                 assert_never(effect)
@@ -303,16 +348,7 @@ class Node:
     def count_refused(self, kind: str) -> None:
         """Counts something that was turned away, under one of a few kinds."""
         self._links.refused[kind] += 1
-
-    def _hello(self, purpose: Purpose) -> Hello:
-        return Hello(
-            protocol=PROTOCOL,
-            name=self.name,
-            purpose=purpose,
-            member=self._protocol.own,
-            instance=self._instance,
-            age_ms=round(1000 * (trio.current_time() - self._started_at)),
-        )
+        self.journal.refused(kind)
 
     def _listens(self, addresses: tuple[Address, ...]) -> None:
         self.addresses = addresses
@@ -320,9 +356,8 @@ class Node:
         self.listening.set()
 
     def _candidate_found(self, candidate: Candidate) -> None:
-        self._offer_event(
-            ev.CandidateFound(addresses=candidate.addresses, source="mdns", hint=candidate.hint)
-        )
+        addresses, hint = candidate.addresses, candidate.hint
+        self._offer_event(ev.CandidateFound(addresses=addresses, source="mdns", hint=hint))
 
     def _offer_event(self, event: ev.Event) -> None:
         """For callers that cannot wait; what does not fit will be said again by its source."""
@@ -330,65 +365,3 @@ class Node:
             self._put.send_nowait(event)
         except trio.WouldBlock:
             self._links.dropped += 1
-
-    async def _welcome(self, stream: Stream) -> None:
-        """A stream that somebody opened to us: the one place where a connection's end is decided."""
-        talking = stream
-        try:
-            peer = await greet(stream, self._hello(Purpose.CONTROL))
-            talking = peer.stream
-            if peer.hello.purpose is Purpose.BULK:
-                await self._responder.answer(peer.stream, peer.reader)
-            else:
-                await self._links.run(peer, None)
-        except Incompatible as error:
-            await self._report_incompatible(error, None)
-        except Twin as error:
-            await self._put.send(ev.TwinMet(host=error.host))
-        except RemoteProtocolError as error:
-            self.count_refused("non_finite" if isinstance(error, NotFinite) else "protocol")
-            with contextlib.suppress(MeshError), trio.move_on_after(LAST_WORD_S):
-                await send_frame(talking, Refusal(reason=str(error)))
-        except MeshError:
-            pass  # lost, timed out or ourselves: nothing was promised yet, or PeerLost said it
-
-    async def _dial(self, effect: ev.Dial) -> None:
-        refused, itself = False, False
-        try:
-            peer = await dial(
-                self._transport,
-                effect.addresses,
-                partial(self._hello, Purpose.CONTROL),
-                proved_host=effect.proved_host,
-            )
-        except Incompatible as error:
-            await self._report_incompatible(error, effect.contact)
-            return
-        except Twin as error:
-            await self._put.send(ev.TwinMet(host=error.host))
-            return
-        except MeshError as error:
-            refused, itself = isinstance(error, ConnectionRefused), isinstance(error, Itself)
-            await self._put.send(
-                ev.DialFailed(
-                    contact=effect.contact, refused=refused, reason=str(error), itself=itself
-                )
-            )
-            return
-        await self._links.run(peer, effect.contact)
-
-    async def _report_incompatible(self, error: Incompatible, contact: str | None) -> None:
-        await self._put.send(
-            ev.PeerIncompatible(
-                node=error.node, name=error.name, reason=str(error), contact=contact
-            )
-        )
-
-    async def _connect_bulk(self, peer: NodeId, addresses: tuple[Address, ...]) -> Peer:
-        """Raises StreamLost also where only somebody else answers, or this node itself."""
-        try:
-            return await dial(
-                self._transport, addresses, partial(self._hello, Purpose.BULK), wanted=peer
-            )
-        except (IdentityError, Incompatible, Itself, Twin) as error:
-            raise StreamLost(str(error)) from None

@@ -12,6 +12,7 @@ import numpy as np
 
 from mesh.codec import EXACT, Floats
 from mesh.core.messages import SchemaEntry
+from mesh.core.strategies import PAIR
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
 
@@ -30,10 +31,15 @@ class Player:
         sync_timeout_s: float = 2.0,
         run: str = RUN,
         codec: str = EXACT,
+        strategy: str = PAIR,
     ) -> None:
         self.x = x
         self.weight = weight
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.steps = 0
+        """of its own, as of the next post"""
+        self.clock = 0.0
+        """the mesh clock, as its node said it last"""
         self.began: str | None = None
         """how it got its first weights; stays through the deaths of its node"""
         self.begun: str | None = None
@@ -41,6 +47,7 @@ class Player:
         self.node: Node | None = None
         self._name = run
         self._codec = codec
+        self._strategy = strategy
         self._sync_timeout_s = sync_timeout_s
         self._met = False
         self._run: Run | None = None
@@ -72,6 +79,9 @@ class Player:
             started=self.began is not None,
             exchanged=self._met,
             codec=self._codec,
+            strategy=self._strategy,
+            step=self.steps,
+            clock=self.clock,
         )
 
         def tell(event: dict[str, Any]) -> None:
@@ -92,13 +102,14 @@ class Player:
             return
         self.x += self.offered - self.posted
         self.posted[:] = self.x
-        await run.post(step=0, loss=None, samples=0)
+        await run.post(step=self.steps, loss=None, samples=0)
         if node is not None and self.node is node:  # else it died meanwhile
             await node.posted(run, waits=waits)
 
     def hear(self, event: dict[str, Any]) -> None:
         """What the node says."""
         self.events.append(event)
+        self.clock = event.get("clock", self.clock)
         match event["event"]:
             case "begun":
                 self.begun = event["how"]

@@ -15,6 +15,7 @@ from typing import Final
 
 import trio
 
+from mesh.answers import Answers
 from mesh.control import Control, listen
 from mesh.core.address import Address
 from mesh.errors import MeshError, first_of
@@ -74,7 +75,14 @@ async def _main(
     node = _make_node(settings, storage, identity, say)
     stop = trio.Event()
     code = 0
-    control = Control(node, mesh=identity.mesh, state=settings.state, stop=stop.set)
+    answers = Answers(
+        node,
+        mesh=identity.mesh,
+        state=settings.state,
+        stop=stop.set,
+        allow_control=settings.allow_control,
+    )
+    control = Control(node, answers)
     path = settings.state / "control.sock"
     if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
         path = private_directory(host_directory()) / f"{identity.node[:16]}.sock"
@@ -171,7 +179,16 @@ def _make_node(
         note=say,
     )
     refused.append(node.count_refused)
+    node.journal.load = _load
     return node
+
+
+def _load() -> float | None:
+    """Of this machine's processors, in the last minute."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return None
 
 
 def _greeting(node: Node, identity: Identity) -> str:

@@ -10,6 +10,7 @@ A step's trip: training writes `posted` -> HandOver.merge(): w += posted - offer
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class Replica:
         self.weights: Floats = np.zeros(entries, dtype=np.float32)
         self.fragments = -(-entries // self._fragment_entries)
         self._norms = np.zeros(self.fragments, dtype=np.float64)
+        self._steps = np.zeros(self.fragments, dtype=np.float64)
         largest = min(entries, self._fragment_entries)
         self._difference: Floats = np.empty(largest, dtype=np.float32)
         self._decoded: Floats = np.empty(largest, dtype=np.float32)
@@ -57,11 +59,18 @@ class Replica:
         codec.encode(self.weights[self.slice_of(index)], out)
 
     def answer(
-        self, index: int, body: memoryview, share: float, reply: memoryview, codec: Codec
+        self,
+        index: int,
+        body: memoryview,
+        share: float,
+        reply: memoryview,
+        codec: Codec,
+        room: float = math.inf,
     ) -> float:
         """The responder's step: encodes delta = x - w into `reply`, then w += share * delta.
 
-        Returns the square distance. Raises NotFinite, with nothing changed.
+        A delta whose square length is beyond `room` is shortened to it first. Returns the square
+        length that was applied. Raises NotFinite, with nothing changed.
         """
         w = self.weights[self.slice_of(index)]
         decoded = self._decoded[: len(w)]
@@ -71,17 +80,32 @@ class Replica:
         distance = square_norm(difference)
         if not math.isfinite(distance):
             raise NotFinite(f"fragment {index} is not finite, or further than 1e19 away")
+        if distance > room:
+            difference *= np.float32(math.sqrt(room / distance))
+            distance = room
         codec.encode(difference, reply)
         self._move(w, codec.decode(reply, decoded), share)
         return distance
 
-    def apply(self, index: int, body: memoryview, share: float, codec: Codec) -> float:
-        """The initiator's step: w -= share * delta. Returns the square distance, or NotFinite."""
+    def apply(
+        self,
+        index: int,
+        body: memoryview,
+        share: float,
+        codec: Codec,
+        check: Callable[[float], None] | None = None,
+    ) -> float:
+        """The initiator's step: w -= share * delta. Returns the square distance, or NotFinite.
+
+        `check` hears the square distance first and may raise, with nothing changed.
+        """
         w = self.weights[self.slice_of(index)]
         delta = codec.decode(body, self._decoded[: len(w)])
         distance = square_norm(delta)
         if not math.isfinite(distance):
             raise NotFinite(f"delta {index} is not finite, or longer than 1e19")
+        if check is not None:
+            check(distance)
         self._move(w, delta, -share)
         return distance
 
@@ -109,10 +133,29 @@ class Replica:
         w, step = self.weights[where], self._difference[: where.stop - where.start]
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(posted[where], offered[where], out=step)
-        if not math.isfinite(square_norm(step)):
+        length = square_norm(step)
+        if not math.isfinite(length):
             return False
+        self._steps[index] = length
         np.add(w, step, out=w)
         return True
+
+    def square_progress(self) -> float:
+        """Sum of squares of what the training's last hand-over added."""
+        return float(self._steps.sum())
+
+    def square_distance(self, index: int, values: Floats) -> float:
+        """Of `values` (entries,) from w, for one fragment."""
+        where = self.slice_of(index)
+        difference = self._difference[: where.stop - where.start]
+        return square_norm(np.subtract(values[where], self.weights[where], out=difference))
+
+    def approach(self, index: int, values: Floats, part: float) -> None:
+        """w += part * (values - w) for one fragment."""
+        where = self.slice_of(index)
+        w, difference = self.weights[where], self._difference[: where.stop - where.start]
+        np.subtract(values[where], w, out=difference)
+        self._move(w, difference, part)
 
     def copy(self, index: int, into: Floats) -> None:
         """`into` (entries,) = w for one fragment, whose norm is taken on the way."""

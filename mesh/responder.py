@@ -11,8 +11,11 @@ from typing import Final
 
 import trio
 
+from mesh.bench import BenchAnswerer
 from mesh.core import events as ev
 from mesh.core.exchange import share
+from mesh.core.for_people import BenchBlock
+from mesh.core.guard import room
 from mesh.core.messages import (
     Delta,
     ExchangeOpened,
@@ -23,8 +26,11 @@ from mesh.core.messages import (
     OpenExchange,
     Refusal,
     RunInfo,
+    SchemaRequest,
+    Turn,
 )
 from mesh.core.schedule import Relation, relation
+from mesh.core.schema import page_of
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
@@ -49,14 +55,18 @@ class Responder:
         *,
         emit: Callable[[ev.Event], Awaitable[None]],
         info_of: Callable[[str], RunInfo | None],
+        out_of_turn: Callable[[str, NodeId, Turn | None], tuple[str, int] | None],
         refused: Callable[[str], None],
     ) -> None:
-        """`info_of` is what this node says of its runs; `refused` counts what peers did wrong."""
+        """`info_of` is what this node says of its runs, `out_of_turn` why a request comes at the
+        wrong place of its rounds; `refused` counts what peers did wrong."""
         self._me = me
         self._runs = runs
         self._emit = emit
         self._info_of = info_of
+        self._out_of_turn = out_of_turn
         self._refused = refused
+        self._bench = BenchAnswerer()
         self._answering: dict[NodeId, list[trio.CancelScope]] = {}
 
     async def answer(self, stream: Stream, reader: FrameReader) -> None:
@@ -91,7 +101,7 @@ class Responder:
                     run, reply = self._open(stream.peer, message)
                     opened = (run, message) if run else None
                     refused = None if run else message.exchange
-                    if run and message.pull:
+                    if run and message.pull and message.weight > 0:  # an observer's is 0
                         await self._emit(ev.WeightsServed(run=run.name))
                     await send_frame(stream, reply)
                 case Fragment() if message.exchange == refused:
@@ -101,6 +111,9 @@ class Responder:
                     if self._runs.get(opened[0].name) is not opened[0]:
                         raise StreamLost("the run ended here")
                     await self._answer_fragment(stream, reader, *opened, message, length)
+                case BenchBlock() if opened is None:
+                    await self._bench.answer(stream, reader, message, length)
+                    return
                 case FinishExchange() if opened and message.exchange == opened[1].exchange:
                     if not opened[1].pull:
                         opened[0].responses.finish(stream.peer, message.exchange)
@@ -108,6 +121,10 @@ class Responder:
                     opened = None
                 case FinishExchange() if not length:
                     pass
+                case SchemaRequest() if not length:
+                    asked = self._runs.get(message.run)
+                    entries = asked.spec.entries if asked else ()
+                    await send_frame(stream, page_of(entries, message))
                 case Refusal():
                     return
                 case _:
@@ -116,12 +133,40 @@ class Responder:
     def _open(
         self, peer: NodeId, message: OpenExchange
     ) -> tuple[Run | None, ExchangeOpened | ExchangeRefused]:
-        reason = self._objection(peer, message)
+        reason, position = self._objection(peer, message), None
+        resumed = reason is None and self._runs[message.run].responses.knows(peer, message.exchange)
+        if reason is None and not message.pull and not resumed:
+            reason, position = self._out_of_turn(message.run, peer, message.turn) or (None, None)
+        if reason is None and not message.pull:
+            reason = self._runs[message.run].responses.open(
+                peer, message.exchange, message.start, message.codec, message.first, message.end
+            )
         if reason is None:
             run = self._runs[message.run]
-            return run, ExchangeOpened(exchange=message.exchange, weight=run.spec.weight)
-        unknown = message.start > 0
-        return None, ExchangeRefused(exchange=message.exchange, reason=reason, unknown=unknown)
+            return run, ExchangeOpened(
+                exchange=message.exchange,
+                weight=run.spec.weight,
+                clock=self._clock(peer, run, message),
+            )
+        return None, ExchangeRefused(
+            exchange=message.exchange,
+            reason=reason,
+            unknown=message.start > message.first,
+            position=position,
+        )
+
+    @staticmethod
+    def _clock(peer: NodeId, run: Run, opening: OpenExchange) -> float:
+        """What to say of the mesh clock; it moves when an exchange is opened first."""
+        if opening.pull:
+            return run.clock.steps
+        return run.responses.clock(
+            peer,
+            opening.exchange,
+            lambda: run.clock.answer(
+                opening.clock, opening.weight, run.spec.weight, halved=run.clock_crosses()
+            ),
+        )
 
     def _objection(self, peer: NodeId, message: OpenExchange) -> str | None:
         run, info = self._runs.get(message.run), self._info_of(message.run)
@@ -132,10 +177,15 @@ class Responder:
             return "schema differs"
         if not info.started or run.how is None:
             return "no weights here yet"
+        if run.paused:
+            return "paused"
         if message.codec not in run.codecs:
             return f"no codec {message.codec} here"
+        if message.strategy != info.strategy:
+            return f"strategy differs: {info.strategy} here, {message.strategy} there"
         if message.pull:
-            return "taking weights itself" if run.current and run.current.pull else None
+            taking = run.current is not None and run.current.pull and not run.current.clip
+            return "taking weights itself" if taking else None
         if message.weight + run.spec.weight <= 0:
             return "two replicas of weight 0"
         theirs = RunInfo(
@@ -147,7 +197,7 @@ class Responder:
         )
         if relation(info, self._me, theirs, peer) is not Relation.AVERAGE:
             return "one of the two takes the other's weights first"
-        return run.responses.open(peer, message.exchange, message.start, message.codec)
+        return None
 
     async def _answer_fragment(
         self,
@@ -177,6 +227,8 @@ class Responder:
                 await reader.body(scratch[:length], timeout_s=STALL_S)
                 kept, halved = self._apply(stream.peer, run, opening, message, scratch[:length])
                 reply = kept[:length]
+                if opening.turn and run.responses.whole(stream.peer, opening.exchange):
+                    await self._emit(ev.ExchangeAnswered(run=run.name, turn=opening.turn))
             sent = await send_frame(
                 stream, Delta(exchange=opening.exchange, index=index, halved=halved), reply
             )
@@ -194,15 +246,18 @@ class Responder:
         kept = run.responses.kept(peer, opening.exchange, message.index, message.received)
         if kept is not None:
             return kept.buffer, kept.halved
-        halved = run.crosses(message.index)
-        step = share(opening.weight, run.spec.weight, halved=halved)
+        halved = opening.turn is None and run.crosses(message.index)
+        step = share(opening.weight, run.spec.weight, halved=halved, turn=opening.turn)
+        left = room(opening.reach, run.reach(), run.responses.used(peer, opening.exchange))
         reply = run.buffers.take()
         try:
             codec = run.codecs[opening.codec]
-            run.replica.answer(message.index, body, step, reply[: len(body)], codec)
+            square = run.replica.answer(message.index, body, step, reply[: len(body)], codec, left)
         except NotFinite:
             run.buffers.give(reply)
             run.counters.non_finite += 1
             raise
-        run.responses.applied(peer, opening.exchange, message.index, KeptReply(reply, halved))
+        run.responses.applied(
+            peer, opening.exchange, message.index, KeptReply(reply, halved), square
+        )
         return reply, halved

@@ -16,15 +16,26 @@ import trio
 
 from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
+from mesh.core.clock import MeshClock
 from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
+from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
+from mesh.core.strategies import CLIP_PEERS, OUTER, PAIR
 from mesh.errors import LocalProtocolError
+from mesh.outer import OuterMomentum
 from mesh.replica import HandOver, Replica
+
+CLIP_RECENT: Final = 2 * CLIP_PEERS
+"""Distances whose smallest is the radius of `clip`: those of two rounds."""
 
 DISTANCES_KEPT: Final = 8
 """Pair distances that the drift is read from: the last few, or it would lag behind the training."""
+
+PARTIAL_KEPT_S: Final = 60.0
+"""For the next donor to be asked; after that the mesh has gone on too far for half a model of then
+and half of now."""
 
 Tell = Callable[[dict[str, Any]], None]
 """Puts one event into the training's queue; never waits."""
@@ -45,6 +56,11 @@ class RunSpec:
     exchanged: bool = False
     codec: str = EXACT
     """of the exchanges that this node begins"""
+    strategy: str = PAIR
+    step: int = 0
+    """steps that the training made before it attached: they are in `clock` already"""
+    clock: float = 0.0
+    """its part of the mesh clock, of a training that attaches again or was resumed"""
 
     @property
     def schema(self) -> str:
@@ -74,6 +90,18 @@ class KeptReply:
     halved: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """What a pull brought before its donor was lost: the fragments below `fragments` of `values`."""
+
+    values: Floats
+    fragments: int
+    donor: NodeId
+    resumes: bool
+    """another donor may bring the rest (events.StartExchange)"""
+    until: float
+
+
 @dataclass(slots=True)
 class Run:
     """See the module's docstring."""
@@ -91,8 +119,13 @@ class Run:
     current: Initiation | None = None
     taken: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """what a pull has brought so far: a donor that dies in the middle must not leave half a model"""
+    partial: Partial | None = None
+    """between two pulls: what the first one brought, for the next donor to complete"""
+    ended: bool = False
+    """the training is gone: nobody waits for what a pull would bring"""
     unfinished: dict[NodeId, Initiation] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    clock: MeshClock = field(default_factory=MeshClock)
     distances: deque[float] = field(default_factory=lambda: deque(maxlen=DISTANCES_KEPT))
     step: int = 0
     loss: float | None = None
@@ -100,10 +133,19 @@ class Run:
     how: Beginning | None = None
     ours: bool = True
     """whose turn the hand-over buffers are: the node's, or the training's"""
+    guard: Guard = field(default_factory=Guard)
+    outer: OuterMomentum | None = None
+    pulled: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_RECENT))
+    """`clip`: how far the last replicas were that this one saw"""
     turn: trio.Lock = field(default_factory=trio.Lock)
     """held by whoever goes through all fragments"""
     meets: int = 0
+    every: int | None = None
+    """steps between hand-overs, where `mesh set every=` changed it"""
+    paused: bool = False
+    """`mesh pause`: nothing is begun and nothing answered"""
     exchanged_at: float | None = None
+    last_duration_s: float | None = None
     last_peer: NodeId | None = None
 
     @property
@@ -119,14 +161,82 @@ class Run:
         """w = the training's own first weights. Raises NotFinite."""
         await self._each_fragment(self.hand_over.begin)
 
+    def take_up(self, donor: NodeId, *, resumes: bool, now: float) -> int:
+        """Makes room for a pull; returns the fragment at which it begins: above 0 where it goes on
+        with what another brought a moment ago. Call broke_off() if it fails."""
+        partial, self.partial = self.partial, None
+        # Before a training begins its offer buffer is idle; one that trains is reading it.
+        idle = self.hand_over.offered if self.how is None else None
+        if (
+            partial is not None
+            and now < partial.until
+            and (partial.donor == donor or (partial.resumes and resumes))
+            and (partial.values is not self.hand_over.offered or idle is not None)
+        ):
+            self.taken = partial.values
+            return partial.fragments
+        self.taken = np.empty_like(self.replica.weights) if idle is None else idle
+        return 0
+
+    def broke_off(self, record: Initiation, *, resumes: bool, now: float) -> None:
+        """A pull came to nothing: what it brought is kept for the next donor."""
+        if record.applied:
+            self.partial = Partial(
+                values=self.taken,
+                fragments=record.applied,
+                donor=record.peer,
+                resumes=resumes,
+                until=now + PARTIAL_KEPT_S,
+            )
+
     async def fill(self) -> None:
         """w = what a pull has brought, now that it is whole."""
         async with self.turn:
             await self._each_fragment(lambda index: self.replica.fill(index, self.taken))
+            await self._begin_outer()
+            if self.current is not None and self.current.clock_answer is not None:
+                self.clock.take(self.current.clock_answer)
+
+    async def mix_clipped(self) -> float:
+        """w goes a quarter of the way to what a pull has brought, or less: as far as if it were no
+        further away than the nearest of those seen lately. Returns its square distance.
+
+        Source: self-centred clipping, He, Karimireddy, Jaggi, "Byzantine-Robust Decentralized Learning
+        via ClippedGossip" (2022), the radius being the smallest recent distance.
+        """
+        square = 0.0
+
+        def measure(index: int) -> None:
+            nonlocal square
+            square += self.replica.square_distance(index, self.taken)
+
+        async with self.turn:
+            await self._each_fragment(measure)
+            self.pulled.append(square)
+            if square and len(self.pulled) >= CLIP_PEERS:
+                part = (min(self.pulled) / square) ** 0.5 / (CLIP_PEERS + 1)
+                await self._each_fragment(
+                    lambda index: self.replica.approach(index, self.taken, part)
+                )
+                if self.current is not None and self.current.clock_answer is not None:
+                    self.clock.add(part * (self.current.clock_answer - self.clock.steps))
+        return square
+
+    async def step_outer(self) -> None:
+        """An exchange has brought w to the mean of a pair: one outer step, where there are such."""
+        if self.outer is not None:
+            async with self.turn:
+                await self._each_fragment(self.outer.step)
+
+    async def _begin_outer(self) -> None:
+        if self.outer is not None:
+            await self._each_fragment(self.outer.begin)
 
     async def begin(self, donor: str | None) -> None:
         """The replica holds its first weights: hand them to the training. Set `how` before."""
         assert self.how is not None
+        async with self.turn:
+            await self._begin_outer()
         await self._offer({"event": "begun", "how": self.how.value, "from": donor})
 
     async def post(self, *, step: int, loss: float | None, samples: int) -> None:
@@ -134,8 +244,11 @@ class Run:
         async with self.turn:
             if self.ours:
                 raise LocalProtocolError("posted without an offer in hand")
+            self.clock.add(max(0, step - self.step))
             self.step, self.loss, self.samples = step, loss, samples
             whole = await self._each_fragment(self.hand_over.merge)
+            if not self.partners():
+                await self._begin_outer()
             self.ours = True  # only now: an offer overwrites what is being merged
         if not whole:
             self.counters.non_finite += 1
@@ -162,7 +275,10 @@ class Run:
             await self._each_fragment(self.hand_over.offer)
             if meets == self.meets:
                 self.ours = False
-                self.tell({**event, "meets": meets, "peers": self.partners()})
+                news = {"meets": meets, "peers": self.partners(), "clock": self.clock.steps}
+                if self.every is not None:
+                    news["every"] = self.every
+                self.tell({**event, **news})
 
     async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
         """Does `step` to one fragment after the other; False if any step said so.
@@ -180,6 +296,26 @@ class Run:
         """Whether our own request for this fragment is in flight, or its answer may wait for us where
         a connection broke: then both sides take half."""
         return any(index in record.in_doubt for record in self.initiated)
+
+    def reach(self) -> float | None:
+        """The longest delta that an exchange may bring now; see core/guard.py."""
+        progress, norm = self.replica.square_progress(), self.replica.square_norm()
+        return self.guard.reach(progress**0.5, norm**0.5)
+
+    def clock_crosses(self) -> bool:
+        """Whether our own part of the mesh clock is on its way to somebody: see crosses()."""
+        return any(not record.pull and record.clock_answer is None for record in self.initiated)
+
+    def clock_answered(self, record: Initiation, said: float, weight: float) -> None:
+        """A responder of weight p = `weight` opened our exchange, for the first time or again.
+
+        What it says again is what it said before. If not, it died and has moved its part once more.
+        """
+        if said == record.clock_answer:
+            return
+        record.clock_answer = said
+        if not record.pull:
+            self.clock.answered(record.clock, said, weight, self.spec.weight)
 
     def drift(self, replicas: int) -> float | None:
         """Consensus distance: RMS over replicas of the distance to their mean.
@@ -215,38 +351,7 @@ def make_run(
         attached_at=now,
         buffers=buffers,
         partners=partners,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStatistics:
-    """One run on this node."""
-
-    spec: RunSpec
-    how: str | None
-    step: int
-    loss: float | None
-    samples: int
-    partners: int
-    drift: float | None
-    norm: float
-    last_exchange_s: float | None
-    last_peer: NodeId | None
-    counters: Counters
-
-
-def run_statistics(run: Run, partners: int, now: float) -> RunStatistics:
-    """A frozen view of a run."""
-    return RunStatistics(
-        spec=run.spec,
-        how=run.how.value if run.how else None,
-        step=run.step,
-        loss=run.loss,
-        samples=run.samples,
-        partners=partners,
-        drift=run.drift(partners + 1),
-        norm=run.replica.square_norm() ** 0.5,
-        last_exchange_s=None if run.exchanged_at is None else now - run.exchanged_at,
-        last_peer=run.last_peer,
-        counters=run.counters,
+        outer=OuterMomentum(replica) if spec.strategy == OUTER else None,
+        step=spec.step,
+        clock=MeshClock(spec.clock),
     )

@@ -6,6 +6,7 @@ between (replica.HandOver is its side of the same rule).
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from mesh.client import LocalSocket
@@ -22,14 +23,35 @@ REPORT_S: Final = 60.0
 """A newcomer on slow Wi-Fi hears this often that its first weights are still on their way."""
 
 
+@dataclass(slots=True)
+class StepClock:
+    """The mesh clock as the training reads it: what the node said last, and its own steps since.
+
+    It outlives sessions: while the node is gone it goes on with the training's own steps.
+    """
+
+    steps: float = 0.0
+    """of the mesh, when the training had made `counted` steps of its own"""
+    counted: int = 0
+
+    def at(self, own: int) -> float:
+        """The mesh clock, for a training that made `own` steps."""
+        return self.steps + (own - self.counted)
+
+    def posted(self, own: int) -> None:
+        """The node counts these steps from now on: its next word holds them."""
+        self.steps, self.counted = self.at(own), own
+
+
 class Session:
     """Lives from an accepted attach to close(). Every method may raise NodeNotRunning."""
 
-    def __init__(self, link: LocalSocket, memory: HandOverMemory) -> None:
+    def __init__(self, link: LocalSocket, memory: HandOverMemory, clock: StepClock) -> None:
         self.link = link
         self.posted = memory.posted
         self.offered = memory.offered
         self._memory = memory
+        self._clock = clock
         self.holding = True
         """the buffers are ours: from an offer to the next post"""
         self.fresh = False
@@ -46,17 +68,18 @@ class Session:
         request: dict[str, Any],
         fill: Callable[[Floats], None],
         begin_s: float,
+        clock: StepClock,
     ) -> tuple[Self, str]:
         """Attaches to the node behind `link`; waits at most begin_s for the run's first weights.
 
-        `fill` writes the training's own weights. Returns the session, with the first weights in
+        `fill` writes the training's own weights, `clock` is kept up to date. Returns the session, with the first weights in
         `offered`, and how they came: alone, first, donor or again. Raises MeshError.
         """
         session: Self | None = None
         try:
             answer = link.request(LOCAL_S, op="attach", **request)
             memory = HandOverMemory(link.descriptors.pop(), int(answer["entries"]))
-            session = cls(link, memory)
+            session = cls(link, memory, clock)
             fill(session.posted)
             link.send(op="begin")
             return session, session._wait_for_begun(str(request["run"]), begin_s)
@@ -74,6 +97,7 @@ class Session:
                 case None:
                     logger.warning("still waiting for the first weights of run %r", run)
                 case "begun":
+                    self._clock.steps = float(event["clock"])
                     _say_how(run, str(event["how"]), event.get("from"))
                     return str(event["how"])
                 case "refused":
@@ -91,6 +115,7 @@ class Session:
                 case "offered" if event["meets"] == self._meets:
                     self.holding, self.fresh, self._wanted = True, True, False
                     self.peers = int(event["peers"])
+                    self._clock.steps = float(event["clock"])
                 case "diverged":
                     logger.warning(
                         "the weights are not finite at step %s: they are not shared; "
@@ -111,11 +136,12 @@ class Session:
         self._meets += 1
         self.link.send(op="meet")
 
-    def post(self, *, want: bool, **figures: Any) -> None:
+    def post(self, *, step: int, want: bool, **figures: Any) -> None:
         """The buffers go to the node; `want` asks for them back at once."""
         self.holding = self.fresh = False
         self._wanted = want
-        self.link.send(op="post", want=want, **figures)
+        self._clock.posted(step)
+        self.link.send(op="post", step=step, want=want, **figures)
 
     def detach(self) -> None:
         """Ends the attachment politely; waits until the node has dropped the run."""

@@ -53,6 +53,7 @@ class NodeSettings:
     interfaces: network interfaces to announce and listen on, by name; default all.
     mdns: announce this node and look for others.
     peers: addresses to dial for ever, beside what mDNS finds.
+    allow_control: other members may pause, resume, set and stop what runs here, through the mesh.
     """
 
     state: Path = field(default_factory=state_directory)
@@ -61,6 +62,7 @@ class NodeSettings:
     interfaces: tuple[str, ...] = ()
     mdns: bool = True
     peers: tuple[Address, ...] = ()
+    allow_control: bool = False
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -87,6 +89,7 @@ class NodeSettings:
                 interfaces=tuple(about["interfaces"]),
                 mdns=bool(about["mdns"]),
                 peers=tuple(parse_address(peer) for peer in about["peers"]),
+                allow_control=bool(about.get("allow_control", False)),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"not the settings of a node: {error}") from None

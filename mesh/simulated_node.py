@@ -12,7 +12,6 @@ from typing import Final
 
 import trio
 
-from mesh.codec import Floats
 from mesh.core import events as ev
 from mesh.core.membership import INCARNATION_LIMIT
 from mesh.core.messages import WINDOW, Member, Members, NodeId, State
@@ -20,7 +19,7 @@ from mesh.ledger import Ledger, WatchedReplica, WatchedResponses
 from mesh.net.simulated import SimulatedNetwork
 from mesh.node import INBOX_LIMIT, Node
 from mesh.replica import Replica
-from mesh.runs import Run, RunSpec, Tell
+from mesh.runs import Run, RunSpec
 
 TRACE_KEPT: Final = 50
 """Lines that are shown when a run fails: about the last hundredth of a second."""
@@ -106,12 +105,8 @@ class SimulatedNode(Node):
 
     # ------------------------------------------------------------------------- seams of the node
 
-    async def attach(self, spec: RunSpec, posted: Floats, offered: Floats, tell: Tell) -> Run:
-        self._spec = spec
-        return await super().attach(spec, posted, offered, tell)
-
-    def _make_replica(self, entries: int) -> Replica:
-        replica = WatchedReplica(entries, self.id, self._spec.weight, self._ledger)
+    def _make_replica(self, spec: RunSpec, entries: int) -> Replica:
+        replica = WatchedReplica(entries, self.id, spec.weight, self._ledger)
         self._ledger.born(replica)
         return replica
 

@@ -14,8 +14,9 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
-from typing import TextIO
+from typing import Final, TextIO
 
 from mesh.core.messages import (
     NodeId,
@@ -24,6 +25,8 @@ from mesh.disk import write_whole
 from mesh.errors import MeshError, UsageError
 from mesh.memory import Memory
 from mesh.places import host_directory
+
+CLEANING_S: Final = 0.1
 
 OWN_FILES = {"node.pem", "mesh.json", "lock", "incarnation"}
 """By these a state directory of ours is known."""
@@ -68,7 +71,11 @@ class StateDirectory:
             raise MeshError(f"cannot write {self.path}: {error.strerror}") from None
         self._lock = open(descriptor, "w")  # noqa: SIM115 (held until unlock)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(CLEANING_S)  # a `mesh status` may be taking away what a kill left
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             self._lock = None

@@ -25,6 +25,7 @@ import torch
 
 from mesh.attachment import ATTACH, Attachment
 from mesh.codec import EXACT, check_codec
+from mesh.core.strategies import PAIR, check_strategy, usual_every
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
 from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
@@ -46,6 +47,8 @@ class Statistics:
     attached: bool
     """False: the node is gone and the training goes on alone"""
     step: int
+    mesh_step: int
+    """steps of the mesh: JoinedNode.mesh_step"""
     samples: int
     peers: int
     """peers that this run is averaged with now"""
@@ -65,7 +68,8 @@ def join(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     run: str | None = None,
-    every: int = 8,
+    strategy: str = PAIR,
+    every: int | None = None,
     weight: float = 1.0,
     patience: float = 0.0,
     sync_timeout: float = 2.0,
@@ -83,7 +87,11 @@ def join(
         float64), tied weights once; integer and bool buffers stay local.
     optimizer: checked to hold this model's parameters; its own state stays local.
     run: name of the training; machines of one run with equal layers average. Default: the script's.
-    every: steps between hand-overs; smaller for small batches and uneven data.
+    strategy: how replicas are averaged: "pair"; "exact" for few, steady nodes; "cyclic" a part at a
+        time; "outer" for slow networks; "clip" where nodes may lie. docs/strategies.md compares them.
+        All nodes of a run have the same.
+    every: steps between hand-overs; smaller for small batches and uneven data. Default 8; 50 for
+        "outer".
     weight: this node's part in the average (FedAvg: its number of samples).
     patience: seconds that a hand-over may wait for its exchange; 0 never waits.
     codec: how this node writes numbers in the exchanges it begins: "f32" exactly; "bf16" in half the
@@ -94,6 +102,8 @@ def join(
     """
     if not run:
         run = Path(sys.argv[0] or "default").stem[:64] or "default"
+    if every is None:
+        every = usual_every(strategy)
     if type(every) is not int or every < 1:
         raise UsageError(f"every={every!r}: a whole number of steps from 1")
     for name, value in (("weight", weight), ("patience", patience), ("sync_timeout", sync_timeout)):
@@ -101,6 +111,7 @@ def join(
             raise UsageError(f"{name}={value!r}: a number from 0 to {NUMBER_LIMIT:g}")
     if weight == 0:
         raise UsageError("weight=0: a replica without weight would never be heard")
+    check_strategy(strategy, weight)
     tensors = Tensors(model)
     _check_optimizer(model, optimizer)
     if settings is None:
@@ -114,6 +125,7 @@ def join(
             "weight": float(weight),
             "every": every,
             "codec": check_codec(codec),
+            "strategy": strategy,
             "sync_timeout_s": float(sync_timeout),
             "pid": os.getpid(),
             "script": sys.argv[0] or "python",
@@ -165,6 +177,16 @@ class JoinedNode:
         session = self._attachment.session
         return session.peers if session is not None else 0
 
+    @property
+    def mesh_step(self) -> int:
+        """How far the mesh has come: the mean of its nodes' steps. Costs nothing to read.
+
+        What a learning-rate schedule is to go by: a node that joins late begins where the mesh is.
+        As of the last hand-over, plus this node's own steps since; so it may step back by a few where
+        the others are slower. Alone it counts on from where it was.
+        """
+        return max(0, int(self._attachment.clock.at(self._steps)))
+
     def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
         """Call after each optimizer step. Every H-th call hands over; none waits for the network.
 
@@ -182,7 +204,7 @@ class JoinedNode:
         if session is None:
             if place == 0:
                 self._tensors.check()
-                self._attachment.again()
+                self._attachment.again(self._steps)
             return
         with self._attachment.or_alone():
             if place == 0:
@@ -245,6 +267,7 @@ class JoinedNode:
         return Statistics(
             attached=bool(figures),
             step=self._steps,
+            mesh_step=self.mesh_step,
             samples=self._samples,
             peers=figures.get("partners", 0),
             exchanges=exchanges.get("completed", 0),

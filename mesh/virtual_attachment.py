@@ -57,7 +57,7 @@ class VirtualAttachment(Attachment):
         weight = float(self._request["weight"])
         self._laboratory.joined(self._machine, self._tensors, weight)
 
-    def again(self) -> None:
+    def again(self, step: int) -> None:
         pass  # a virtual node lives as long as its training
 
     def figures(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import trio
 
+from mesh.answers import Answers
 from mesh.baton import Program
 from mesh.codec import Floats
 from mesh.control import Control
@@ -30,6 +31,7 @@ class Machine:
     surroundings: Surroundings
     steps_left: int | None
     node: LaboratoryNode | None = None
+    answers: Answers | None = None
     control: Control | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     nursery: trio.Nursery | None = None

@@ -7,17 +7,30 @@ sized from its own model. 2. Every field is checked by type, range and length. 3
 decode() returns a message or raises RemoteProtocolError, nothing else. 4. MESSAGES is append-only.
 """
 
-import math
-import socket
 import struct
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgpack
 
 from mesh.core.address import Address
+from mesh.core.for_people import (
+    ARGUMENTS_LIMIT,
+    HOPS_LIMIT,
+    PAGES_LIMIT,
+    PIECES_LIMIT,
+    REPORTS_LIMIT,
+    Answer,
+    Argument,
+    BenchBlock,
+    BenchEcho,
+    Figures,
+    Question,
+    Report,
+    Reports,
+)
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
@@ -47,11 +60,29 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
 )
 from mesh.errors import LocalProtocolError, RemoteProtocolError
+from mesh.fields import (
+    Invalid,
+    clock,
+    figure,
+    flag,
+    host,
+    length,
+    many,
+    node_id,
+    optional,
+    piece,
+    rate,
+    record,
+    text,
+    weight,
+    whole,
+)
 
 PREFIX: Final = struct.Struct(">II")
 PREFIX_BYTES: Final = PREFIX.size
@@ -68,124 +99,46 @@ ROWS_LIMIT: Final = 64
 USUAL_ROW_BYTES: Final = 1024
 """Longer rows are not kept: a member that invents them must not fill 40 MB here."""
 
-Check = Callable[[Any], Any]
-T = TypeVar("T")
-
-
-class _Invalid(Exception):
-    """A field that breaks its rule; never leaves this file."""
-
-
-def _whole(low: int, high: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise _Invalid(f"a whole number of {low}..{high}")
-        return value
-
-    return check
-
-
-def _text(limit: int) -> Check:
-    def check(value: Any) -> str:
-        if type(value) is not str or len(value) > limit or not value.isprintable():
-            raise _Invalid(f"printable text of at most {limit} characters")
-        return value
-
-    return check
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise _Invalid("true or false")
-    return value
-
-
-def _weight(value: Any) -> float:
-    if type(value) is not float or not math.isfinite(value) or not 0 <= value <= 1e12:
-        raise _Invalid("a weight of 0..1e12")
-    return value
-
-
-def _node(value: Any) -> NodeId:
-    if type(value) is not str or not 8 <= len(value) <= 64 or not value.isalnum():
-        raise _Invalid("a node id")
-    return NodeId(value)
-
-
-def _host(value: Any) -> str:
-    """A literal address: a peer's row must never make this node look up a name."""
-    if type(value) is not str or len(value) > 64 or not value.isprintable():
-        raise _Invalid("an address")
-    literal = value.partition("%")[0]
-    try:  # twenty times as fast as ipaddress, and as strict
-        socket.inet_pton(socket.AF_INET6 if ":" in literal else socket.AF_INET, literal)
-    except (OSError, ValueError):
-        raise _Invalid("a literal IP address") from None
-    return value
-
-
-def _many(check: Check, limit: int) -> Check:
-    def check_all(value: Any) -> tuple[Any, ...]:
-        if type(value) is not list or len(value) > limit:
-            raise _Invalid(f"a list of at most {limit}")
-        return tuple(check(item) for item in value)
-
-    return check_all
-
-
-def _record(kind: type[T], **checks: Check) -> Callable[[Any], T]:
-    """A list of fields, in this order; a newer version may have appended more."""
-
-    count, names, rules = len(checks), tuple(checks), tuple(checks.values())
-
-    def check(value: Any) -> T:
-        if type(value) is not list or len(value) < count:
-            raise _Invalid(f"{kind.__name__}: {count} fields")
-        fields = zip(names, rules, value, strict=False)
-        return kind(**{name: rule(item) for name, rule, item in fields})
-
-    return check
-
-
-_counter = _whole(0, 2**63)
-_index = _whole(0, 2**32)
-_version = _whole(0, 2**64 - 1)
-_run_name = _text(64)
-_reason = _text(500)
-_name = _text(64)
+_counter = whole(0, 2**63)
+_index = whole(0, 2**32)
+_version = whole(0, 2**64 - 1)
+_run_name = text(64)
+_reason = text(500)
+_name = text(64)
 
 
 def _versions(value: Any) -> tuple[int, ...]:
     """A table's worth of _version, at the speed of C: a large mesh swaps them all day long."""
     if type(value) is not list or len(value) > MEMBERS_LIMIT + 1:
-        raise _Invalid(f"a list of at most {MEMBERS_LIMIT + 1}")
+        raise Invalid(f"a list of at most {MEMBERS_LIMIT + 1}")
     if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) >= 2**64):
-        raise _Invalid("whole numbers of 64 bits")
+        raise Invalid("whole numbers of 64 bits")
     return tuple(value)
 
 
 def _accusers(value: Any) -> tuple[NodeId, ...]:
     """In their one order, so that equal rows are equal."""
-    return tuple(sorted(set(_many(_node, ACCUSERS_LIMIT)(value))))
+    return tuple(sorted(set(many(node_id, ACCUSERS_LIMIT)(value))))
 
 
-_address = _record(Address, host=_host, port=_whole(1, 65535))
-_run_info = _record(
+_address = record(Address, host=host, port=whole(1, 65535))
+_run_info = record(
     RunInfo,
     run=_run_name,
-    schema=_text(16),
-    started=_flag,
-    exchanged=_flag,
-    progress=_whole(0, 64),
+    schema=text(16),
+    started=flag,
+    exchanged=flag,
+    progress=whole(0, 64),
+    strategy=text(16),
 )
-_row = _record(
+_row = record(
     Member,
-    node=_node,
+    node=node_id,
     name=_name,
-    incarnation=_whole(0, INCARNATION_LIMIT - 1),
-    state=lambda value: State(_whole(0, 3)(value)),
-    addresses=_many(_address, 16),
-    runs=_many(_run_info, 16),
+    incarnation=whole(0, INCARNATION_LIMIT - 1),
+    state=lambda value: State(whole(0, 3)(value)),
+    addresses=many(_address, 16),
+    runs=many(_run_info, 16),
     accusers=_accusers,
 )
 
@@ -193,22 +146,41 @@ _row = _record(
 def _member(value: Any) -> Member:
     row = _row(value)
     if row.accusers and row.state is not State.SUSPECT:
-        raise _Invalid("accusers of a suspect only")
+        raise Invalid("accusers of a suspect only")
     return row
 
 
-_entry = _record(SchemaEntry, name=_text(256), shape=_many(_whole(0, 2**40), 16), dtype=_text(16))
-_hello = _record(
+_turn = record(Turn, view=text(16), position=_counter, step=length)
+_entry = record(SchemaEntry, name=text(256), shape=many(whole(0, 2**40), 16), dtype=text(16))
+_hello = record(
     Hello,
-    protocol=_whole(0, 2**31),
+    protocol=whole(0, 2**31),
     name=_name,
-    purpose=lambda value: Purpose(_whole(0, 1)(value)),
+    purpose=lambda value: Purpose(whole(0, 1)(value)),
     member=_member,
     instance=_counter,
     age_ms=_counter,
-    offer=_text(80),
+    offer=text(80),
 )
-_other_version = _record(OtherVersion, protocol=_whole(0, 2**31), name=_name)
+_other_version = record(OtherVersion, protocol=whole(0, 2**31), name=_name)
+
+
+_figures = record(
+    Figures,
+    step=_counter,
+    loss=figure,
+    drift=figure,
+    samples_s=rate,
+    out_bytes_s=rate,
+    in_bytes_s=rate,
+    load=figure,
+)
+_report = record(
+    Report, node=node_id, run=_run_name, serial=_counter, age_ms=_counter, figures=_figures
+)
+_argument = record(Argument, name=text(16), value=text(64))
+_page = whole(0, PAGES_LIMIT)
+_hops = whole(0, HOPS_LIMIT)
 
 
 def _hello_of_any_version(value: Any) -> Hello | OtherVersion:
@@ -219,47 +191,89 @@ def _hello_of_any_version(value: Any) -> Hello | OtherVersion:
 MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
     # The position is the number on the wire. ONLY APPEND TO THIS LIST.
     (Hello, _hello_of_any_version),
-    (Refusal, _record(Refusal, reason=_reason)),
-    (Members, _record(Members, members=_many(_member, ROWS_LIMIT))),
-    (Ping, _record(Ping, sequence=_counter, table=_version)),
-    (Ack, _record(Ack, sequence=_counter, table=_version)),
-    (SchemaRequest, _record(SchemaRequest, run=_run_name, start=_index)),
+    (Refusal, record(Refusal, reason=_reason)),
+    (Members, record(Members, members=many(_member, ROWS_LIMIT))),
+    (Ping, record(Ping, sequence=_counter, table=_version)),
+    (Ack, record(Ack, sequence=_counter, table=_version)),
+    (SchemaRequest, record(SchemaRequest, run=_run_name, start=_index)),
     (
         SchemaPage,
-        _record(SchemaPage, run=_run_name, start=_index, total=_index, entries=_many(_entry, 128)),
+        record(SchemaPage, run=_run_name, start=_index, total=_index, entries=many(_entry, 128)),
     ),
     (
         OpenExchange,
-        _record(
+        record(
             OpenExchange,
             exchange=_counter,
             run=_run_name,
-            schema=_text(16),
-            weight=_weight,
+            schema=text(16),
+            weight=weight,
             start=_index,
-            pull=_flag,
-            started=_flag,
-            exchanged=_flag,
-            progress=_whole(0, 64),
-            codec=_text(16),
+            pull=flag,
+            started=flag,
+            exchanged=flag,
+            progress=whole(0, 64),
+            codec=text(16),
+            strategy=text(16),
+            first=_index,
+            end=optional(_index),
+            reach=optional(length),
+            turn=optional(_turn),
+            clock=clock,
         ),
     ),
-    (ExchangeOpened, _record(ExchangeOpened, exchange=_counter, weight=_weight)),
+    (ExchangeOpened, record(ExchangeOpened, exchange=_counter, weight=weight, clock=clock)),
     (
         ExchangeRefused,
-        _record(ExchangeRefused, exchange=_counter, reason=_reason, unknown=_flag),
+        record(
+            ExchangeRefused,
+            exchange=_counter,
+            reason=_reason,
+            unknown=flag,
+            position=optional(_counter),
+        ),
     ),
-    (Fragment, _record(Fragment, exchange=_counter, index=_index, received=_index)),
-    (Delta, _record(Delta, exchange=_counter, index=_index, halved=_flag)),
-    (FinishExchange, _record(FinishExchange, exchange=_counter)),
-    (PingRequest, _record(PingRequest, sequence=_counter, node=_node)),
+    (Fragment, record(Fragment, exchange=_counter, index=_index, received=_index)),
+    (Delta, record(Delta, exchange=_counter, index=_index, halved=flag)),
+    (FinishExchange, record(FinishExchange, exchange=_counter)),
+    (PingRequest, record(PingRequest, sequence=_counter, node=node_id)),
     (
         PingReport,
-        _record(PingReport, sequence=_counter, verdict=lambda value: Verdict(_whole(0, 2)(value))),
+        record(PingReport, sequence=_counter, verdict=lambda value: Verdict(whole(0, 2)(value))),
     ),
-    (Versions, _record(Versions, versions=_versions)),
-    (Wanted, _record(Wanted, versions=_versions)),
-    (IdentityTaken, _record(IdentityTaken, addresses=_many(_address, 16))),
+    (Versions, record(Versions, versions=_versions)),
+    (Wanted, record(Wanted, versions=_versions)),
+    (IdentityTaken, record(IdentityTaken, addresses=many(_address, 16))),
+    (Reports, record(Reports, reports=many(_report, REPORTS_LIMIT))),
+    (
+        Question,
+        record(
+            Question,
+            asker=node_id,
+            number=_counter,
+            page=_page,
+            attempt=_index,
+            hops=_hops,
+            target=node_id,
+            op=text(16),
+            arguments=many(_argument, ARGUMENTS_LIMIT),
+        ),
+    ),
+    (
+        Answer,
+        record(
+            Answer,
+            asker=node_id,
+            number=_counter,
+            page=_page,
+            attempt=_index,
+            pages=whole(1, PAGES_LIMIT),
+            hops=_hops,
+            pieces=many(piece, PIECES_LIMIT),
+        ),
+    ),
+    (BenchBlock, record(BenchBlock, sequence=_counter, want=whole(0, BODY_LIMIT_BYTES))),
+    (BenchEcho, record(BenchEcho, sequence=_counter)),
 )
 _NOT_MSGPACK: Final = (ValueError, TypeError, msgpack.UnpackException)
 _NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
@@ -320,7 +334,7 @@ def decode(header: bytes | bytearray | memoryview) -> Message:
             raise RemoteProtocolError(f"message number {raw[0]} is not known here")
         kind, check = MESSAGES[raw[0]]
         message: Message = check(raw[1:])
-    except _Invalid as error:
+    except Invalid as error:
         raise RemoteProtocolError(f"{kind.__name__} wants {error}") from None
     except _NOT_MSGPACK as error:
         raise RemoteProtocolError(f"not a msgpack header: {type(error).__name__}") from None
@@ -347,13 +361,13 @@ def _cut(header: bytes | bytearray | memoryview) -> list[bytes]:
     unpacker.feed(header[len(_MEMBERS) :])
     count = unpacker.read_array_header()
     if count > ROWS_LIMIT:
-        raise _Invalid(f"at most {ROWS_LIMIT} rows")
+        raise Invalid(f"at most {ROWS_LIMIT} rows")
     ends = [len(_MEMBERS) + unpacker.tell()]
     for _ in range(count):
         unpacker.skip()
         ends.append(len(_MEMBERS) + unpacker.tell())
     if ends[-1] != len(header):
-        raise _Invalid("nothing behind its rows")
+        raise Invalid("nothing behind its rows")
     return [bytes(header[start:end]) for start, end in pairwise(ends)]
 
 

@@ -52,8 +52,11 @@ def run(lesson: Lesson) -> int:
                 said=_say,
             )
         except mesh.ScriptFailed as error:
+            if lesson.as_json:
+                about = {"schema": "mesh.error/1", "code": "script", "message": str(error)}
+                print(json.dumps({**about, "hint": error.hint}))
             print(error, file=sys.stderr)
-            return error.code
+            return error.exit_code
     if drawing.possible():
         out = Path(lesson.out or f"{Path(lesson.script).stem}-sim.png")
         drawing.picture(reports, out)

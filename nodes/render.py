@@ -5,6 +5,14 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 Rows = list[list[str]]
@@ -41,3 +49,42 @@ def live(heads: list[str]) -> Iterator[Callable[[str, Rows], None]]:
             screen.update(table(title, heads, rows))
 
         yield draw
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields draw(text, done bytes, of bytes): a bar on standard error that is gone afterwards.
+
+    Without a terminal each text is printed once.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def note(said: str, done: int, of: int) -> None:
+            nonlocal last
+            if said != last:
+                console.print(said, highlight=False, soft_wrap=True)
+            last = said
+
+        yield note
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task("", total=None)
+
+        def draw(said: str, done: int, of: int) -> None:
+            shown.update(task, description=said, completed=done, total=of or None)
+
+        yield draw
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)

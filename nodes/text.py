@@ -46,12 +46,15 @@ def status(answer: dict[str, Any]) -> str:
     node, peers = answer["node"], answer["peers"]
     who = f"{node['name']} ({node['id'][:8]})  mesh {answer['mesh']['id']}"
     counts = [f"{count} {state}" for state, count in peers.items() if count or state == "alive"]
+    flow = f"in {size(answer['in_bytes_s'])}/s  out {size(answer['out_bytes_s'])}/s"
+    warnings = answer["health"]
+    many = f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}: "
     lines = [
         f"{who}  up {duration(node['uptime_s'])}  v{node['version']}",
+        f"health   {'ok' if not warnings else many + warnings[0]}",
+        *(f"         {warning}" for warning in warnings[1:]),
         f"listens  {', '.join(node['addresses']) or 'nowhere: no network address yet'}",
-        f"health   {'ok' if not answer['health'] else answer['health'][0]}",
-        *(f"         {warning}" for warning in answer["health"][1:]),
-        f"peers    {', '.join(counts)}",
+        f"peers    {', '.join(counts)}     {flow}",
     ]
     for run in answer["runs"]:
         lines += _run(run)
@@ -77,10 +80,17 @@ def _run(run: dict[str, Any]) -> list[str]:
         )
     )
     moved = f"sent {size(run['bytes_sent'])}  received {size(run['bytes_received'])}"
-    steps = f"step {run['step']:,}  loss {figure(run['loss'])}  {run['samples']:,} samples"
+    speed = f"{run['samples_s']:,.0f} samples/s"
+    steps = f"step {run['step']:,} (mesh {run['mesh_step']:,})  loss {figure(run['loss'])}  {speed}"
+    paused = "  paused: `mesh resume` goes on" if run["paused"] else ""
+    last = "never"
+    if run["last_exchange_s"] is not None:
+        last = f"{duration(run['last_exchange_s'])} ago with {run['last_peer_name'] or '?'}"
+    if run["last_duration_s"] is not None:
+        last += f", {1000 * run['last_duration_s']:.0f} ms"
     return [
-        f"run      {run['run']}  {steps}  training pid {run['pid']}",
-        f"average  {done}; {run['partners']} partners; last {duration(run['last_exchange_s'])} ago",
+        f"run      {run['run']}  {steps}  training pid {run['pid']}{paused}",
+        f"average  {last}; {done}; {run['partners']} partners",
         f"         drift {drift}  {moved}",
     ]
 
@@ -95,27 +105,65 @@ def _exit(entry: dict[str, Any]) -> str:
     return f"exit     {entry['script']} (pid {entry['pid']}): {how}, {duration(entry['ago_s'])} ago"
 
 
-def peers(answer: dict[str, Any]) -> str:
-    """`mesh peers`."""
-    rows = [["NAME", "ID", "STATE", "ADDRESS", "VIA", "RTT", "SEEN", "RUNS"]]
+def peers(answer: dict[str, Any], *, wide: bool = False) -> str:
+    """`mesh peers`: this node first, with a star; wide shows ids and what the others train."""
+    own = answer["node"]
+    heads = ["", "NAME", "STATE", "ADDRESS", "VIA", "RTT", "STEP", "LOSS", "DRIFT", "SEEN"]
+    rows = [heads + (["ID", "SAMPLES/S", "RUNS"] if wide else [])]
+    address = own["addresses"][0] if own["addresses"] else "-"
+    first = ["*", own["name"], "alive", address, "-", "-", *_figures(own["runs"]), "now"]
+    rows.append(first + (_wide(own) if wide else []))
     for peer in answer["peers"]:
         rtt = "-" if peer["rtt_s"] is None else f"{1000 * peer['rtt_s']:.1f} ms"
-        rows.append(
-            [
-                peer["name"],
-                peer["id"][:8],
-                peer["state"],
-                peer["addresses"][0] if peer["addresses"] else "-",
-                peer["via"] or "-",
-                rtt,
-                duration(peer["seen_s"]),
-                peer["reason"] or ", ".join(run["run"] for run in peer["runs"]) or "-",
-            ]
-        )
+        gone = peer["state"] not in ("alive", "suspect")
+        seen = "-" if peer["seen_s"] is None else duration(peer["seen_s"])
+        cells = [
+            "",
+            peer["name"],
+            peer["state"],
+            peer["addresses"][0] if peer["addresses"] else "-",
+            peer["via"] or "-",
+            rtt,
+            *(["-", "-", "-"] if gone else _figures(peer["runs"])),
+            _why(seen, peer["reason"]),
+        ]
+        rows.append(cells + (_wide(peer) if wide else []))
     for missing in answer["unreached"]:
-        rows.append(
-            ["-", "-", "unreached", missing["address"], "peer", "-", "-", missing["reason"]]
-        )
-    if len(rows) == 1:
-        return "no other node yet: `mesh token` on the machine that made the mesh lets others join"
+        where = missing["address"]
+        cells = [
+            "",
+            "-",
+            "unreached",
+            where,
+            "peer",
+            "-",
+            "-",
+            "-",
+            "-",
+            _why("-", missing["reason"]),
+        ]
+        rows.append(cells + (["-", "-", "-"] if wide else []))
+    if len(rows) == 2:
+        alone = "no other node yet: `mesh token` on the machine that made the mesh lets others join"
+        return f"{table(rows)}\n{alone}"
     return table(rows)
+
+
+def _why(seen: str, reason: str | None) -> str:
+    if not reason:
+        return seen
+    return f"{seen} ({reason})" if seen != "-" else reason
+
+
+def _figures(runs: list[dict[str, Any]]) -> list[str]:
+    """STEP, LOSS, DRIFT of the first run that said anything."""
+    run = next((run for run in runs if run["step"] is not None), None)
+    if run is None:
+        return ["-", "-", "-"]
+    return [f"{run['step']:,}", figure(run["loss"], ".3g"), figure(run["drift"], ".3g")]
+
+
+def _wide(node: dict[str, Any]) -> list[str]:
+    speeds = [run["samples_s"] for run in node["runs"] if run["samples_s"] is not None]
+    speed = f"{sum(speeds):,.0f}" if speeds else "-"
+    return [node["id"][:8], speed, ", ".join(run["run"] for run in node["runs"]) or "-"]

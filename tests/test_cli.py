@@ -1,5 +1,6 @@
 """The `mesh` command as a person meets it: real processes, exit codes, what is printed where."""
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mesh
+from mesh.core.messages import PROTOCOL
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
 
@@ -23,7 +25,7 @@ STATUS = {
         "name": str,
         "pid": int,
         "version": mesh.__version__,
-        "protocol": 3,
+        "protocol": PROTOCOL,
         "state": str,
         "addresses": [str],
         "incarnation": str,
@@ -186,7 +188,10 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     monkeypatch.delenv("MESH_STATE", raising=False)
     assert main(arguments) == code
     out, err = capsys.readouterr()
-    assert out == ""
+    if "--json" in arguments:
+        assert json.loads(out)["schema"] == "mesh.error/1"
+    else:
+        assert out == ""
     says_one_thing(err)
     assert hint in err
     assert not (still_host.state("new") / "mesh.json").exists()

@@ -235,7 +235,7 @@ def test_both_shares_move_the_weighted_sum_by_nothing(p, q, halved):
 
 
 def initiation(fragments=20):
-    return Initiation(exchange=7, peer=A, fragments=fragments, pull=False, codec="f32")
+    return Initiation(exchange=7, peer=A, end=fragments, pull=False, codec="f32")
 
 
 def test_the_initiator_sends_no_further_than_the_window_and_takes_deltas_in_order():

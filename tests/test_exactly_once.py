@@ -118,7 +118,7 @@ def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight():
             asked = exchange.Initiation(
                 exchange=1,
                 peer=NodeId("a" * 16),
-                fragments=run.replica.fragments,
+                end=run.replica.fragments,
                 pull=False,
                 codec="f32",
             )

@@ -123,11 +123,10 @@ class Exchange:
         """`b` answers fragment 0 of `a`; returns the delta."""
         self.a.exchanges.add(exchange)
         self.a.run.current = Initiation(
-            exchange=exchange, peer=self.b.node, fragments=1, pull=False, codec="f32"
+            exchange=exchange, peer=self.b.node, end=1, pull=False, codec="f32"
         )
-        own = Initiation(
-            exchange=9, peer=self.a.node, fragments=1, pull=False, codec="f32", sent_once=1
-        )
+        own = Initiation(exchange=9, peer=self.a.node, end=1, pull=False, codec="f32")
+        own.fragment_sent()
         self.b.run.initiated = [own] if crosses else []
         body, reply = (memoryview(bytearray(4 * FRAGMENT_ENTRIES)) for _ in range(2))
         self.a.write(0, body, Float32())

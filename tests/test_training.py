@@ -99,6 +99,7 @@ def test_two_trainings_become_one_model_and_their_nodes_end_with_them(places):
         assert figures.attached
         assert figures.step == 20
         assert figures.samples == 80
+        assert abs(figures.mesh_step - 20) <= 4, "the mean of 20 and 20, but for what is not posted"
         assert figures.exchanges + figures.answered > 0
         assert figures.bytes_sent > 0
     assert not any(is_running(pid) for pid in pids)
@@ -328,6 +329,7 @@ def test_a_training_whose_node_dies_goes_on_and_attaches_again(places, caplog):
             train(node, model, optimizer, 50)
         assert caplog.text.count("training goes on alone") == 1
         assert not node.statistics().attached
+        assert node.mesh_step == 54, "it counts on by itself"
         before = weights(model).clone()
         with node.averaged():
             assert torch.equal(weights(model), before)
@@ -341,6 +343,7 @@ def test_a_training_whose_node_dies_goes_on_and_attaches_again(places, caplog):
             until(attached, 15)
             status = mesh.ask(again.running, "status")
             assert status["runs"][0]["began"] == "again"
+            assert node.mesh_step == node.statistics().step, "what it had is counted once"
         finally:
             node.close()
             again.stop()

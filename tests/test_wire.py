@@ -14,6 +14,21 @@ from hypothesis import strategies as st
 
 from mesh import wire
 from mesh.core.address import Address
+from mesh.core.clock import CLOCK_LIMIT
+from mesh.core.for_people import (
+    ARGUMENTS_LIMIT,
+    HOPS_LIMIT,
+    PAGES_LIMIT,
+    REPORTS_LIMIT,
+    Answer,
+    Argument,
+    BenchBlock,
+    BenchEcho,
+    Figures,
+    Question,
+    Report,
+    Reports,
+)
 from mesh.core.membership import INCARNATION_LIMIT
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
@@ -41,6 +56,7 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
@@ -67,8 +83,13 @@ NUMBERS = {
     15: Versions,
     16: Wanted,
     17: IdentityTaken,
+    18: Reports,
+    19: Question,
+    20: Answer,
+    21: BenchBlock,
+    22: BenchEcho,
 }
-"""What each number on the wire has meant since protocol 1 (13 and above: 2). Append only, here as there."""
+"""What each number on the wire has meant since protocol 1 (13 and above: 2; 18 and above: 4). Append only, here as there."""
 
 KNOWN_FRAMES = [
     (Ping(sequence=7, table=8), "00000004 00000000 93 03 07 08"),
@@ -99,6 +120,7 @@ counters = st.integers(0, 2**63)
 versions = st.integers(0, 2**64 - 1)
 indexes = st.integers(0, 2**32)
 weights = st.floats(0, 1e12)
+clocks = st.floats(-CLOCK_LIMIT, CLOCK_LIMIT)
 node_ids = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=8, max_size=64).map(NodeId)
 runs = st.builds(
     RunInfo,
@@ -107,6 +129,7 @@ runs = st.builds(
     started=st.booleans(),
     exchanged=st.booleans(),
     progress=st.integers(0, 64),
+    strategy=text(16),
 )
 addresses = (
     st.ip_addresses()
@@ -136,6 +159,27 @@ entries = st.builds(
     shape=st.lists(st.integers(0, 2**40), max_size=16).map(tuple),
     dtype=text(16),
 )
+turns = st.builds(Turn, view=text(16), position=counters, step=weights)
+rates = st.floats(0, 1e15)
+maybe_figures = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+reports = st.builds(
+    Report,
+    node=node_ids,
+    run=text(64),
+    serial=counters,
+    age_ms=counters,
+    figures=st.builds(
+        Figures,
+        step=counters,
+        loss=maybe_figures,
+        drift=maybe_figures,
+        samples_s=rates,
+        out_bytes_s=rates,
+        in_bytes_s=rates,
+        load=maybe_figures,
+    ),
+)
+ascii_pieces = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
 messages = st.one_of(
     st.builds(
         Hello,
@@ -145,6 +189,7 @@ messages = st.one_of(
         member=members,
         instance=counters,
         age_ms=counters,
+        offer=text(80),
     ),
     st.builds(Refusal, reason=text(500)),
     st.builds(Members, members=st.lists(members, max_size=4).map(tuple)),
@@ -169,9 +214,22 @@ messages = st.one_of(
         started=st.booleans(),
         exchanged=st.booleans(),
         progress=st.integers(0, 64),
+        codec=text(16),
+        strategy=text(16),
+        first=indexes,
+        end=st.none() | indexes,
+        reach=st.none() | weights,
+        turn=st.none() | turns,
+        clock=clocks,
     ),
-    st.builds(ExchangeOpened, exchange=counters, weight=weights),
-    st.builds(ExchangeRefused, exchange=counters, reason=text(500), unknown=st.booleans()),
+    st.builds(ExchangeOpened, exchange=counters, weight=weights, clock=clocks),
+    st.builds(
+        ExchangeRefused,
+        exchange=counters,
+        reason=text(500),
+        unknown=st.booleans(),
+        position=st.none() | counters,
+    ),
     st.builds(Fragment, exchange=counters, index=indexes, received=indexes),
     st.builds(Delta, exchange=counters, index=indexes, halved=st.booleans()),
     st.builds(FinishExchange, exchange=counters),
@@ -180,6 +238,32 @@ messages = st.one_of(
     st.builds(Versions, versions=st.lists(versions, max_size=50).map(tuple)),
     st.builds(Wanted, versions=st.lists(versions, max_size=50).map(tuple)),
     st.builds(IdentityTaken, addresses=st.lists(addresses, max_size=3).map(tuple)),
+    st.builds(Reports, reports=st.lists(reports, max_size=REPORTS_LIMIT).map(tuple)),
+    st.builds(
+        Question,
+        asker=node_ids,
+        number=counters,
+        page=st.integers(0, PAGES_LIMIT),
+        attempt=indexes,
+        hops=st.integers(0, HOPS_LIMIT),
+        target=node_ids,
+        op=text(16),
+        arguments=st.lists(
+            st.builds(Argument, name=text(16), value=text(64)), max_size=ARGUMENTS_LIMIT
+        ).map(tuple),
+    ),
+    st.builds(
+        Answer,
+        asker=node_ids,
+        number=counters,
+        page=st.integers(0, PAGES_LIMIT),
+        attempt=indexes,
+        pages=st.integers(1, PAGES_LIMIT),
+        hops=st.integers(0, HOPS_LIMIT),
+        pieces=st.lists(ascii_pieces, max_size=4).map(tuple),
+    ),
+    st.builds(BenchBlock, sequence=counters, want=st.integers(0, wire.BODY_LIMIT_BYTES)),
+    st.builds(BenchEcho, sequence=counters),
 )
 
 
@@ -317,6 +401,11 @@ def test_a_pickle_is_refused_and_never_unpacked(protocol):
     assert decoded_or_refused(pickle.dumps([3, 7], protocol)) is None
 
 
+def opened_with(weight, clock):
+    """An ExchangeOpened with these two numbers, whatever they are."""
+    return b"\x94\x08\x01\xcb" + struct.pack(">d", weight) + b"\xcb" + struct.pack(">d", clock)
+
+
 HOSTILE_HEADERS = {
     "an empty header": b"",
     "no list": b"\xc0",
@@ -340,9 +429,13 @@ HOSTILE_HEADERS = {
     "text with a surrogate": b"\x92\x01\xa3\xed\xa0\x80",
     "a sequence of 2^64 - 1": b"\x92\x03\xcf" + b"\xff" * 8,
     "a sequence that is no whole number": b"\x92\x03\xcb" + struct.pack(">d", 7.0),
-    "a weight that is not a number": b"\x93\x08\x01\xcb" + struct.pack(">d", float("nan")),
-    "an infinite weight": b"\x93\x08\x01\xcb" + struct.pack(">d", float("inf")),
-    "a negative weight": b"\x93\x08\x01\xcb" + struct.pack(">d", -1.0),
+    "a weight that is not a number": opened_with(float("nan"), 0.0),
+    "an infinite weight": opened_with(float("inf"), 0.0),
+    "a negative weight": opened_with(-1.0, 0.0),
+    "a mesh clock that is not a number": opened_with(1.0, float("nan")),
+    "an infinite mesh clock": opened_with(1.0, float("-inf")),
+    "a mesh clock of 1e16 steps": opened_with(1.0, 1e16),
+    "a mesh clock that is a whole number": b"\x94\x08\x01\xcb" + struct.pack(">d", 1.0) + b"\x05",
     "lists in lists, 64 KiB deep": b"\x91" * wire.HEADER_LIMIT_BYTES,
     "lists of 256 in lists, 64 KiB deep": b"\xdc\x01\x00" * (wire.HEADER_LIMIT_BYTES // 3),
 }

@@ -1,6 +1,9 @@
-"""Where a node listens. A file of its own: the shell needs it, and nothing else of the core."""
+"""Who a node is and where it listens. A file of its own: the shell needs it, and nothing else of the
+core.
+"""
 
 from dataclasses import dataclass
+from typing import NewType
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -12,3 +15,7 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+NodeId = NewType("NodeId", str)
+"""base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""

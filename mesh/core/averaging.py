@@ -21,10 +21,12 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     short,
 )
-from mesh.core.schedule import GoAhead, Partner, Schedule, Start
+from mesh.core.schedule import GoAhead, Partner, Schedule
 from mesh.core.schema import Schemas
+from mesh.core.strategies import Start
 
 RUNS_LIMIT = 16
 """Trainings on one node at a time, and runs in one row of the table."""
@@ -50,6 +52,8 @@ class Averaging:
         self._publish = publish
         self._schemas = Schemas()
         self._runs: dict[str, Schedule] = {}
+        self._paused: set[str] = set()
+        """runs that begin nothing for now, because a person said so; they stay so when they end"""
         # Exchange numbers rise for ever: a restart begins above all that the last process used.
         self._exchange = membership.own.incarnation << 32
 
@@ -75,6 +79,7 @@ class Averaging:
                 schema=event.schema,
                 started=event.started,
                 exchanged=event.exchanged,
+                strategy=event.strategy,
             ),
             me=self._membership.own.node,
             now=now,
@@ -114,6 +119,15 @@ class Averaging:
             effects.append(ev.Begin(run=event.run, how=ev.Beginning.DONOR, donor=event.peer))
         return self.mark(event.run, exchanged=True) + effects
 
+    def exchange_answered(self, event: ev.ExchangeAnswered, now: float) -> list[ev.Effect]:
+        if event.run in self._runs:
+            self._runs[event.run].answered(event.turn, now)
+        return []
+
+    def out_of_turn(self, run: str, peer: NodeId, turn: Turn | None) -> tuple[str, int] | None:
+        """Why this request cannot be answered now, and this node's place in the rounds."""
+        return self._runs[run].out_of_turn(peer, turn) if run in self._runs else None
+
     def mark(self, name: str, *, exchanged: bool = False) -> list[ev.Effect]:
         """The run has begun, or even exchanged: from now on this node says so."""
         run = self._runs.get(name)
@@ -124,6 +138,21 @@ class Averaging:
             return []
         run.info = marked
         return self._publish(self._infos())
+
+    def pause(self, event: ev.PauseChanged, now: float) -> None:
+        """A paused run that has begun sees no partners, so its training waits for nobody."""
+        if event.paused:
+            if len(self._paused) >= RUNS_LIMIT:
+                self._paused &= self._runs.keys()
+            self._paused.add(event.run)
+        else:
+            self._paused.discard(event.run)
+        if event.run in self._runs:
+            self._runs[event.run].poke(now)
+
+    def paused(self, run: str) -> bool:
+        """Whether a person paused it."""
+        return run in self._paused
 
     def peers_changed(self, now: float) -> None:
         """Somebody came, went, or changed a run: every run decides again."""
@@ -148,7 +177,8 @@ class Averaging:
         return effects
 
     def _decide(self, name: str, run: Schedule, now: float) -> list[ev.Effect]:
-        decision = run.decide(now, self._partners(run))
+        paused = name in self._paused and run.info.started
+        decision = run.decide(now, [] if paused else self._partners(run))
         effects: list[ev.Effect] = []
         match decision:
             case Start():
@@ -161,6 +191,10 @@ class Averaging:
                         exchange=self._exchange,
                         pull=decision.pull,
                         rest=decision.rest,
+                        part=decision.part,
+                        clip=decision.clip,
+                        turn=decision.turn,
+                        resumes=decision.resumes,
                     )
                 )
             case GoAhead():
@@ -180,13 +214,15 @@ class Averaging:
     def _partners(self, run: Schedule) -> list[Partner]:
         """Connected peers of the same run and schema that nobody suspects: an exchange with one that
         is gone would keep the others waiting. In a large mesh, where few are connected, all members."""
-        mine = (run.info.run, run.info.schema)
+        mine = (run.info.run, run.info.schema, run.info.strategy)
         partners: list[Partner] = []
         others = self._membership.others
         for node in others if self._membership.large else self._connections:
             member = others.get(node)
             if member is not None and member.runs and member.state is State.ALIVE:
-                partners += [(node, i) for i in member.runs if (i.run, i.schema) == mine]
+                partners += [
+                    (node, i) for i in member.runs if (i.run, i.schema, i.strategy) == mine
+                ]
         return partners
 
     # -------------------------------------------------------------------------------- schemas
@@ -214,7 +250,8 @@ class Averaging:
         if more is not None:
             return self._send(node, more)
         reason = self._schemas.reason(node, page.run, theirs.schema)
-        return [ev.Note(text=f"{member.name} ({short(node)}) is incompatible: {reason}")]
+        text = f"{member.name} ({short(node)}) is incompatible: {reason}"
+        return [ev.Note(text=text, kind="incompatible", node=node, run=page.run)]
 
     def incompatible(self, member: Member) -> str:
         """Why no run of this node can be averaged with this member; empty where one can, or where
@@ -225,8 +262,10 @@ class Averaging:
         for info in member.runs:
             mine = self.info(info.run)
             if mine is not None and mine.schema == info.schema:
-                return ""
-            if mine is not None:
+                if mine.strategy == info.strategy:
+                    return ""
+                reasons.append(f"strategy differs: {mine.strategy} here, {info.strategy} there")
+            elif mine is not None:
                 reasons.append(self._schemas.reason(member.node, info.run, info.schema))
         if reasons:
             return reasons[0]

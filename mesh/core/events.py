@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mesh.core.address import Address
-from mesh.core.messages import (
-    ControlMessage,
-    Hello,
-    NodeId,
-    SchemaEntry,
-)
+from mesh.core.for_people import Argument, Figures
+from mesh.core.messages import ControlMessage, Hello, NodeId, SchemaEntry, Turn
 
 # ------------------------------------------------------------------------------------- events
 
@@ -102,6 +98,7 @@ class RunAttached:
     sync_timeout_s: float
     started: bool
     exchanged: bool
+    strategy: str = "pair"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +112,16 @@ class Posted:
 
     run: str
     waits: bool
+    figures: Figures | None = None
+    """how the run does, for the others"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeAnswered:
+    """A partner's request at this place in the rounds was answered in full."""
+
+    run: str
+    turn: Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +150,40 @@ class ExchangeEnded:
     duration_s: float
     square_distance: float
     square_norm: float
+    clip: bool = False
+    ahead: int | None = None
+    """refused out of turn: the peer's place in the rounds"""
+    brought: int = 0
+    """fragments that a pull brought, whatever its outcome"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A program of this machine asks another node; answer with Told, in time whatever happens."""
+
+    number: int
+    """drawn at random: who does not see the question cannot answer it"""
+    target: NodeId
+    op: str
+    arguments: tuple[Argument, ...]
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Performed:
+    """What this node answers to a Perform: a JSON object as ASCII."""
+
+    asker: NodeId
+    number: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseChanged:
+    """A run of this node begins no exchanges for now, or begins them again."""
+
+    run: str
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +204,11 @@ Event = (
     | RunDetached
     | Posted
     | WeightsServed
+    | ExchangeAnswered
     | ExchangeEnded
+    | Ask
+    | Performed
+    | PauseChanged
     | Leaving
 )
 
@@ -224,6 +269,14 @@ class StartExchange:
     exchange: int
     pull: bool
     rest: bool = False
+    part: int | None = None
+    """which part of the model in turn; None: all of it"""
+    clip: bool = False
+    """mix what was pulled, clipped, instead of taking it"""
+    turn: Turn | None = None
+    resumes: bool = False
+    """of a pull: it may go on where another donor's broke off. This donor has met the mesh; if the
+    last one had as well, the two hold nearly the same weights, and one model may come from both"""
 
 
 class Beginning(Enum):
@@ -267,6 +320,30 @@ class Note:
     """Something that a person may want to know, in one line."""
 
     text: str
+    kind: str = "note"
+    """up, suspect, dead, left, incompatible, ...: for whoever filters events"""
+    node: NodeId | None = None
+    run: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perform:
+    """Another node asks this one: answer with Performed."""
+
+    asker: NodeId
+    number: int
+    op: str
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What came of an Ask: the text of the answer, or why there is none (`gone`, `timeout`)."""
+
+    number: int
+    text: str = ""
+    failure: str = ""
+    hops: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,5 +364,7 @@ Effect = (
     | Offer
     | StoreIncarnation
     | Note
+    | Perform
+    | Told
     | Stop
 )

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from mesh.core.messages import WINDOW, NodeId
+from mesh.core.messages import WINDOW, NodeId, Turn
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 
 Reply = TypeVar("Reply")
@@ -32,42 +32,65 @@ RECORDS_LIMIT = 32
 middle the oldest are forgotten; one that comes back after all is told so and begins anew."""
 
 
-def share(theirs: float, mine: float, *, halved: bool) -> float:
+def share(theirs: float, mine: float, *, halved: bool, turn: Turn | None = None) -> float:
     """The part of a delta that a side takes: FedAvg's weights, p_other / (p_self + p_other).
 
-    `theirs` and `mine` are the weights p of the two replicas; they sum to more than 0.
+    `theirs` and `mine` are the weights p of the two replicas; they sum to more than 0. In an exact
+    round the step is that of its `turn`.
     """
+    if turn is not None:
+        return turn.step
     step = theirs / (mine + theirs)
     return step / 2 if halved else step
 
 
 @dataclass(slots=True)
 class Initiation:
-    """An exchange as its initiator sees it. Fragments [applied, sent_once) are in doubt."""
+    """An exchange as its initiator sees it: of the fragments [first, end). Those of
+    [applied, sent_once) are in doubt."""
 
     exchange: int
     peer: NodeId
-    fragments: int
+    end: int
     pull: bool
     codec: str
     """stays, however often the exchange is resumed: replies that are kept were written with it"""
-    applied: int = 0
-    sent: int = 0
-    sent_once: int = 0
+    first: int = 0
+    clip: bool = False
+    turn: Turn | None = None
+    reach: float | None = None
+    """the longest delta that it may bring (guard.py); stays through resumes"""
+    applied: int = field(init=False)
+    sent: int = field(init=False)
+    sent_once: int = field(init=False)
     square_distance: float = 0.0
+    ahead: int | None = None
+    """refused out of turn: the peer's place in the rounds"""
+
+    def __post_init__(self) -> None:
+        self.applied = self.sent = self.sent_once = self.first
+
+    clock: float = 0.0
+    """what the responder is told of the mesh clock, at every opening of this exchange"""
+    clock_answer: float | None = None
+    """what it said, once it did"""
 
     @property
     def done(self) -> bool:
-        return self.applied == self.fragments
+        return self.applied == self.end
 
     @property
     def in_doubt(self) -> range:
         """Fragments that the responder may have applied while we have not. Pulls leave none."""
         return range(self.applied, self.applied if self.pull else self.sent_once)
 
+    def goes_on_at(self, index: int) -> None:
+        """Of a pull: the fragments below came from another donor."""
+        self.applied = self.sent = self.sent_once = index
+
     def next_to_send(self) -> int | None:
         """The fragment that may go out now; None while the window is full or all are out."""
-        if self.sent == self.fragments or self.sent >= self.applied + WINDOW:
+        if self.sent == self.end or self.sent >= self.applied + WINDOW:
             return None
         return self.sent
 
@@ -93,9 +116,14 @@ class Initiation:
 class _Record(Generic[Reply]):
     exchange: int
     codec: str
-    applied: int = 0
+    applied: int
+    end: int
+    used: float = 0.0
+    """square length of what was applied so far"""
     finished: bool = False
     kept: deque[tuple[int, Reply]] = field(default_factory=deque)
+    clock: float | None = None
+    """what the initiator was told of the mesh clock"""
 
 
 class Responses(Generic[Reply]):
@@ -111,24 +139,50 @@ class Responses(Generic[Reply]):
     def kept_replies(self) -> int:
         return sum(len(record.kept) for record in self._records.values())
 
-    def open(self, initiator: NodeId, exchange: int, start: int, codec: str) -> str | None:
-        """Begins or resumes an exchange; returns why not, or None."""
+    def open(
+        self,
+        initiator: NodeId,
+        exchange: int,
+        start: int,
+        codec: str,
+        first: int = 0,
+        end: int | None = None,
+    ) -> str | None:
+        """Begins an exchange of the fragments [first, end), or resumes it at `start`; returns why
+        not, or None."""
+        end = self._fragments if end is None else end
+        if not first <= start <= end <= self._fragments:
+            raise RemoteProtocolError(f"starts at {start} of {first}..{end}")
         record = self._records.get(initiator)
         if record is not None and record.exchange == exchange:
-            if record.applied < start <= self._fragments or start > self._fragments:
+            if start > record.applied:
                 raise RemoteProtocolError(f"resumes at {start}, applied {record.applied}")
             if record.codec != codec:
                 raise RemoteProtocolError(f"resumes in {codec}, began in {record.codec}")
             return None
-        if start:
+        if start > first:
             return "this exchange is not known here"
         if record is not None and exchange < record.exchange:
             raise RemoteProtocolError("exchange numbers of a node only rise")
         self.forget(initiator)
         if len(self._records) >= RECORDS_LIMIT:
             self._forget_one()
-        self._records[initiator] = _Record(exchange=exchange, codec=codec)
+        self._records[initiator] = _Record(exchange=exchange, codec=codec, applied=first, end=end)
         return None
+
+    def knows(self, initiator: NodeId, exchange: int) -> bool:
+        """Whether this exchange was opened before: it is resumed, whatever has changed since."""
+        record = self._records.get(initiator)
+        return record is not None and record.exchange == exchange
+
+    def used(self, initiator: NodeId, exchange: int) -> float:
+        """Square length of the deltas that this exchange has brought so far."""
+        return self._record(initiator, exchange).used
+
+    def whole(self, initiator: NodeId, exchange: int) -> bool:
+        """Whether every fragment of this exchange is applied here."""
+        record = self._record(initiator, exchange)
+        return record.applied == record.end
 
     def kept(self, initiator: NodeId, exchange: int, index: int, received: int) -> Reply | None:
         """Takes the acknowledgement, then finds the kept reply of a fragment applied before.
@@ -141,25 +195,37 @@ class Responses(Generic[Reply]):
             raise RemoteProtocolError("acknowledges deltas that were never sent")
         while record.kept and record.kept[0][0] < received:
             self._release(record.kept.popleft()[1])
-        if index == record.applied < self._fragments and len(record.kept) < WINDOW:
+        if index == record.applied < record.end and len(record.kept) < WINDOW:
             return None
         for kept_index, reply in record.kept:
             if kept_index == index:
                 return reply
         raise RemoteProtocolError(f"fragment {index} came where {record.applied} was due")
 
-    def applied(self, initiator: NodeId, exchange: int, index: int, reply: Reply) -> None:
-        """The fragment was applied and this is what answers it, now and after a lost connection."""
+    def applied(
+        self, initiator: NodeId, exchange: int, index: int, reply: Reply, square: float = 0.0
+    ) -> None:
+        """The fragment was applied and this is what answers it, now and after a lost connection.
+        `square`: the delta's square length."""
         record = self._record(initiator, exchange)
         if index != record.applied:
             raise LocalProtocolError("applied out of order")
         record.applied += 1
+        record.used += square
         record.kept.append((index, reply))
+
+    def clock(self, initiator: NodeId, exchange: int, move: Callable[[], float]) -> float:
+        """What `move` said of the mesh clock when this exchange was opened first; it is not asked
+        again at a resume."""
+        record = self._record(initiator, exchange)
+        if record.clock is None:
+            record.clock = move()
+        return record.clock
 
     def finish(self, initiator: NodeId, exchange: int) -> None:
         """The initiator has every delta; the record stays only to recognise old numbers."""
         record = self._record(initiator, exchange)
-        if record.applied == self._fragments:
+        if record.applied == record.end:
             record.finished = True
             self._drop_kept(record)
 

@@ -1,4 +1,5 @@
-"""What nodes say to each other. Frozen values; mesh/wire.py turns them into bytes and back.
+"""What nodes say to each other. Frozen values; mesh/wire.py turns them into bytes and back. What they
+say only because a person may ask is in for_people.py, under the same rules.
 
 Rules: 1. numbers on the wire are positions in wire.MESSAGES: append, never reorder. 2. Fields are
 only ever appended to a message. 3. `protocol` and `name` stay the first fields of message 0 and
@@ -7,12 +8,12 @@ only ever appended to a message. 3. `protocol` and `name` stay the first fields 
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NewType
 
+from mesh.core import address
 from mesh.core.address import Address
+from mesh.core.for_people import Answer, BenchBlock, BenchEcho, Question, Reports
 
-NodeId = NewType("NodeId", str)
-"""base32 of SHA-256 of a node's public key: 52 characters. Its first 8 are what people see."""
+NodeId = address.NodeId
 
 PROTOCOL = 4
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
@@ -54,6 +55,8 @@ class RunInfo:
     progress: int = 0
     """how far it came before it met anybody: bits of its count of hand-overs, so that it changes
     seldom; of two that trained alone the one that came further gives"""
+    strategy: str = "pair"
+    """how it averages (core/strategies.py); equal or no exchange"""
 
 
 ACCUSERS_LIMIT = 4
@@ -160,6 +163,18 @@ class SchemaPage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A place in the rounds of an exact average (core/strategies.py)."""
+
+    view: str
+    """hash of the nodes that take part: another set, other rounds"""
+    position: int
+    """rounds since the first of this view"""
+    step: float
+    """the part of the difference that both sides take in this round"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenExchange:
     """The initiator asks for an exchange, or takes one up again from fragment `start`.
 
@@ -177,6 +192,16 @@ class OpenExchange:
     progress: int
     codec: str
     """how fragments and deltas are written, both ways (mesh/codec.py)"""
+    strategy: str = "pair"
+    first: int = 0
+    """the exchange is about the fragments [first, end)"""
+    end: int | None = None
+    """None: to the last"""
+    reach: float | None = None
+    """the longest delta, as a norm, that the initiator lets this exchange apply; None: any"""
+    turn: Turn | None = None
+    clock: float = 0.0
+    """the initiator's part of the mesh clock when it began this exchange; the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +210,8 @@ class ExchangeOpened:
 
     exchange: int
     weight: float
+    clock: float = 0.0
+    """the responder's part of the mesh clock (core/clock.py); the same at every resume"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +221,8 @@ class ExchangeRefused:
     exchange: int
     reason: str
     unknown: bool
+    position: int | None = None
+    """the responder's place in the rounds, where the request came for another: ask again soon"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,8 +317,21 @@ ControlMessage = (
     | Versions
     | Wanted
     | IdentityTaken
+    | Reports
+    | Question
+    | Answer
 )
 BulkMessage = (
-    OpenExchange | ExchangeOpened | ExchangeRefused | Fragment | Delta | FinishExchange | Refusal
+    OpenExchange
+    | ExchangeOpened
+    | ExchangeRefused
+    | Fragment
+    | Delta
+    | FinishExchange
+    | SchemaRequest
+    | SchemaPage
+    | Refusal
+    | BenchBlock
+    | BenchEcho
 )
 Message = Hello | OtherVersion | ControlMessage | BulkMessage

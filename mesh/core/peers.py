@@ -135,7 +135,8 @@ class Peers:
         effects: list[ev.Effect] = []
         if contact.by_hand and contact.reason != event.reason:
             contact.reason = event.reason
-            effects.append(ev.Note(text=f"peer {contact.addresses[0]}: {event.reason}"))
+            text = f"peer {contact.addresses[0]}: {event.reason}"
+            effects.append(ev.Note(text=text, kind="unreached"))
         member = self.membership.others.get(contact.node) if contact.node else None
         if member is not None and member.state <= State.SUSPECT:
             self.detector.watch(member.node, now)  # others are asked whether they reach it
@@ -150,7 +151,7 @@ class Peers:
         if not self.strangers.meet(event.node, event.name, event.reason, now):
             return []
         text = f"{event.name} ({short(event.node)}) is incompatible: {event.reason}"
-        return [ev.Note(text=text)]
+        return [ev.Note(text=text, kind="incompatible", node=event.node)]
 
     def lost(self, event: ev.PeerLost, now: float) -> list[ev.Effect]:
         self.twins.ended(event.connection)
@@ -238,7 +239,7 @@ class Peers:
             silent_s = self.detector.silent_for_s(node, now) or 0.0
             self.reasons[node] = f"no answer for {silent_s:.1f} s"
             text = f"{row.name} ({short(node)}) is suspect: {self.reasons[node]}"
-            effects.append(ev.Note(text=text))
+            effects.append(ev.Note(text=text, kind="suspect", node=node))
         return effects + self.gossip.news([row]) + self._suspected(row, now, since)
 
     def _suspected(self, row: Member, now: float, since: float) -> list[ev.Effect]:
@@ -254,7 +255,8 @@ class Peers:
         if row is not None:
             self.reasons[node] = reason
             self._news.append(row)
-            effects.append(ev.Note(text=f"{row.name} ({short(node)}) is dead: {reason}"))
+            text = f"{row.name} ({short(node)}) is dead: {reason}"
+            effects.append(ev.Note(text=text, kind="dead", node=node))
             effects += self.gossip.news([row])
         return effects
 
@@ -271,7 +273,7 @@ class Peers:
         text = f"{short(check.node)} runs twice, at {where}: a copied state directory"
         row = self.membership.others.get(check.node)
         return [
-            ev.Note(text=f"{text}; {younger.host} is refused"),
+            ev.Note(text=f"{text}; {younger.host} is refused", kind="twin", node=check.node),
             # The table may hold what the younger said of itself: the older refutes it.
             *(
                 ev.Send(connection=older.number, message=page)
@@ -325,7 +327,7 @@ class Peers:
             case State.ALIVE:
                 self.detector.cleared(row.node)
                 back = self.reasons.pop(row.node, None)
-                return [ev.Note(text=f"{label} is alive again")] if back else []
+                return self._came(row, label, known=known, back=back is not None)
             case State.SUSPECT:
                 self.reasons.setdefault(row.node, "no answer, says another member")
                 # It refutes as soon as it hears of it.
@@ -336,11 +338,13 @@ class Peers:
                     # A living connection is better evidence than hearsay: its owner refutes it.
                     return self.gossip.send(row.node, *pages([row]))
                 self.detector.forget(row.node)
-                return [ev.Abandon(node=row.node)]
+                return [ev.Abandon(node=row.node), *self._hearsay(row, label, known=known)]
             case State.LEFT:
                 self.detector.forget(row.node)
                 self.contacts.drop(row.node)
-                effects: list[ev.Effect] = [ev.Note(text=f"{label} left")] if known else []
+                effects: list[ev.Effect] = []
+                if known:
+                    effects.append(ev.Note(text=f"{label} left", kind="left", node=row.node))
                 if connection is not None:
                     effects.append(ev.Hangup(connection=connection.number, reason="you left"))
                 return effects
@@ -348,6 +352,21 @@ class Peers:
                 assert_never(row.state)
 
     # -------------------------------------------------------------------------------- helpers
+
+    def _came(self, row: Member, label: str, *, known: bool, back: bool) -> list[ev.Effect]:
+        """In a large mesh nobody is told of each of a thousand newcomers."""
+        if back:
+            return [ev.Note(text=f"{label} is alive again", kind="up", node=row.node)]
+        if known or self.membership.large:
+            return []
+        return [ev.Note(text=f"{label} is alive", kind="up", node=row.node)]
+
+    def _hearsay(self, row: Member, label: str, *, known: bool) -> list[ev.Effect]:
+        """What another member found; in a large mesh it has said so to whoever asks it."""
+        if not known or self.membership.large:
+            return []
+        text = f"{label} is dead: {self.reasons[row.node]}"
+        return [ev.Note(text=text, kind="dead", node=row.node)]
 
     def publish(
         self,

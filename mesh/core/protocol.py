@@ -15,6 +15,7 @@ from typing import assert_never
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.averaging import Averaging
+from mesh.core.for_people import Answer, Question, Reports
 from mesh.core.messages import (
     Ack,
     IdentityTaken,
@@ -29,12 +30,15 @@ from mesh.core.messages import (
     SchemaPage,
     SchemaRequest,
     State,
+    Turn,
     Verdict,
     Versions,
     Wanted,
     short,
 )
 from mesh.core.peers import Peers
+from mesh.core.questions import Questions
+from mesh.core.reports import ReportTable
 from mesh.core.statistics import PeerStatistics, ProtocolStatistics
 from mesh.core.twins import taken
 
@@ -46,6 +50,8 @@ class MeshProtocol:
         """`own.incarnation` is the first of a block that is reserved on disk already."""
         self._me = own.node
         self.peers = Peers(own, rng)
+        self._reports = ReportTable(self.peers.membership)
+        self._questions = Questions(self.peers.membership, self.peers.contacts, rng)
         self._averaging = Averaging(
             membership=self.peers.membership,
             connections=self.peers.contacts.connections,
@@ -63,6 +69,7 @@ class MeshProtocol:
                 effects: list[ev.Effect] = []
             case ev.PeerConnected():
                 effects = self.peers.connected(event, now)
+                effects += self._questions.connected(event.node, now)
             case ev.DialFailed():
                 effects = self.peers.dial_failed(event, now)
             case ev.PeerIncompatible():
@@ -70,6 +77,7 @@ class MeshProtocol:
             case ev.PeerLost():
                 effects = self.peers.lost(event, now)
                 self._averaging.peers_changed(now)
+                self._questions.lost(event.node)
             case ev.TwinMet():
                 effects = [ev.Stop(reason=taken(event.host))]
             case ev.Received():
@@ -82,10 +90,21 @@ class MeshProtocol:
                 effects = self._averaging.detach(event.run)
             case ev.Posted():
                 effects = self._averaging.posted(event, now)
+                if event.figures is not None:
+                    self._reports.publish(event.run, event.figures, now)
             case ev.WeightsServed():
                 effects = self._averaging.mark(event.run, exchanged=True)
+            case ev.ExchangeAnswered():
+                effects = self._averaging.exchange_answered(event, now)
             case ev.ExchangeEnded():
                 effects = self._averaging.exchange_ended(event, now)
+            case ev.Ask():
+                effects = self._questions.ask(event, now)
+            case ev.Performed():
+                effects = self._questions.performed(event, now)
+            case ev.PauseChanged():
+                self._averaging.pause(event, now)
+                effects = []
             case ev.Leaving():
                 effects = self.peers.publish(state=State.LEFT)
             case _:
@@ -93,13 +112,18 @@ class MeshProtocol:
         return effects + self.on_deadline(now)
 
     def next_deadline(self) -> float:
-        return min(self.peers.next_deadline(), self._averaging.next_deadline())
+        return min(
+            self.peers.next_deadline(),
+            self._averaging.next_deadline(),
+            self._questions.next_deadline(),
+        )
 
     def on_deadline(self, now: float) -> list[ev.Effect]:
         """Everything that is due; harmless when nothing is."""
-        effects = self.peers.on_deadline(now)
+        effects = self._questions.on_deadline(now) + self.peers.on_deadline(now)
         for row in self.peers.take_news():
             effects += self._averaging.row_changed(row, now)
+            self._reports.row_changed(row)
         exchanges = self._averaging.on_deadline(now)
         for effect in exchanges:
             if isinstance(effect, ev.StartExchange):
@@ -117,6 +141,14 @@ class MeshProtocol:
         """What this node says of a run of its own; None if nobody trains it here."""
         return self._averaging.info(run)
 
+    def out_of_turn(self, run: str, peer: NodeId, turn: Turn | None) -> tuple[str, int] | None:
+        """Why a request at this place in the rounds cannot be answered now, and our own place."""
+        return self._averaging.out_of_turn(run, peer, turn)
+
+    def paused(self, run: str) -> bool:
+        """Whether a run of this node begins no exchanges for now."""
+        return self._averaging.paused(run)
+
     def partner_count(self, run: str) -> int:
         """How many peers a run of this node can be averaged with now."""
         return self._averaging.partner_count(run)
@@ -125,6 +157,19 @@ class MeshProtocol:
         """What a member calls itself."""
         row = self.peers.membership.others.get(node)
         return row.name if row else short(node)
+
+    def living(self) -> list[Member]:
+        """Rows of the members that live and that nobody suspects."""
+        return [m for m in self.peers.membership.others.values() if m.state is State.ALIVE]
+
+    def runs_known(self) -> set[str]:
+        """Names of the runs that somebody trains now, here or elsewhere."""
+        return {info.run for row in (*self.living(), self.own) for info in row.runs}
+
+    def members(self) -> tuple[Member, ...]:
+        """All that are known and did not leave, this node first."""
+        others = self.peers.membership.others.values()
+        return (self.own, *(row for row in others if row.state is not State.LEFT))
 
     def living_addresses(self, limit: int) -> list[Address]:
         """Up to `limit` addresses of living members."""
@@ -160,10 +205,19 @@ class MeshProtocol:
         detector.heard(node, now)
         match message:
             case Ping():
-                return gossip.send(node, Ack(sequence=message.sequence, table=table))
+                ack = gossip.send(node, Ack(sequence=message.sequence, table=table))
+                return ack + self._report_to(node, now)
             case Ack():
                 found = detector.acknowledged(node, message.sequence, now)
-                return peers.found(found, now) + gossip.compare(node, message.table, now)
+                effects = peers.found(found, now) + gossip.compare(node, message.table, now)
+                return effects + self._report_to(node, now)
+            case Question():
+                return self._questions.question(node, message, now)
+            case Answer():
+                return self._questions.answer(message, now)
+            case Reports():
+                self._reports.heard(message.reports, now)
+                return []
             case PingRequest() if message.node == self._me:
                 verdict = Verdict.REACHED
                 return gossip.send(node, PingReport(sequence=message.sequence, verdict=verdict))
@@ -188,6 +242,10 @@ class MeshProtocol:
             case _:
                 assert_never(message)
 
+    def _report_to(self, node: NodeId, now: float) -> list[ev.Effect]:
+        news = self._reports.news(now)
+        return self.peers.gossip.send(node, news) if news else []
+
     def _peer_statistics(self, member: Member, now: float) -> PeerStatistics:
         connection = self.peers.contacts.connections.get(member.node)
         state, reason = member.state.name.lower(), ""
@@ -206,4 +264,9 @@ class MeshProtocol:
             silent_for_s=self.peers.detector.silent_for_s(member.node, now),
             incarnation=member.incarnation,
             runs=member.runs,
+            figures={
+                info.run: said
+                for info in member.runs
+                if (said := self._reports.of(member.node, info.run, now)) is not None
+            },
         )

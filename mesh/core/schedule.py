@@ -15,7 +15,8 @@ from enum import Enum
 from random import Random
 
 from mesh.core.events import Beginning, ExchangeEnded, Outcome
-from mesh.core.messages import NodeId, RunInfo
+from mesh.core.messages import NodeId, RunInfo, Turn
+from mesh.core.strategies import ExactRounds, Start, plan_of
 
 SETTLE_S = 0.3
 """How long the lowest node id looks for others before it gives its initial weights to all: mDNS
@@ -36,8 +37,16 @@ SETBACKS_LIMIT = 6
 """A peer that refused or broke off is left alone this long, twice as long each time in a row, up to
 32 s; others are asked meanwhile."""
 
+NOT_YET_S = 0.02
+NOT_YET_LIMIT = 5
+"""A peer that is at another place in its rounds is asked again so soon, then twice as late each time,
+up to 0.6 s: a slow training must not be asked fifty times a second."""
+DONORS_LIMIT = 3
+"""Donors that may bring a newcomer nothing of its first weights before it asks no others."""
+
 PULL_ATTEMPTS = 5
-"""Donors that may fail a newcomer before it starts with its own weights after all."""
+"""Pulls that may bring a newcomer nothing before it starts with its own weights after all; it takes the
+mesh's as soon as it can then. More than donors: a single one on a bad line is asked again."""
 
 
 class Relation(Enum):
@@ -60,15 +69,6 @@ def relation(mine: RunInfo, me: NodeId, theirs: RunInfo, they: NodeId) -> Relati
 
 def _rank(info: RunInfo) -> tuple[bool, bool, int]:
     return info.exchanged, info.started, info.progress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Begin an exchange with this peer. `rest`: nothing new was posted, replicas only settle."""
-
-    peer: NodeId
-    pull: bool
-    rest: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,11 @@ class Schedule:
         self._cool: dict[NodeId, float] = {}
         self._setbacks: dict[NodeId, int] = {}
         self._failed_pulls = 0
+        self._asked: set[NodeId] = set()
+        """for first weights; whoever brought something, and was lost, is taken off again"""
         self._posts = 0
+        self._not_yet = 0
+        self._plan = plan_of(info.strategy, me, rng)
         self._deadline = now
         self.info = info
         self.unfinished: set[NodeId] = set()
@@ -129,7 +133,7 @@ class Schedule:
 
     def take_offer(self) -> bool:
         """Whether the training's wait is over: its exchange ended, or there is nobody to ask."""
-        if not self._waiting or self._busy or self._due:
+        if not self._waiting or self._busy or self._due or self._plan.midway:
             return False
         self._waiting = False
         return True
@@ -138,21 +142,47 @@ class Schedule:
         """The exchange that decide() started is over."""
         self._busy = False
         self.unfinished.discard(event.peer)
+        self._deadline = now
+        if event.clip or not event.pull:
+            completed = event.outcome is Outcome.COMPLETED
+            self._plan.ended(completed=completed, ahead=event.ahead)
+        if event.ahead is not None:
+            self._deadline = now + NOT_YET_S * 2**self._not_yet
+            self._not_yet = min(self._not_yet + 1, NOT_YET_LIMIT)
+            return
+        self._not_yet = 0
         rest_s = max(REST_S, REST_DUTY * event.duration_s)
         self._rest_at = now + rest_s
         if event.outcome is Outcome.COMPLETED:
             self._setbacks.pop(event.peer, None)
             agreed = event.square_distance <= AGREED * event.square_norm
-            if agreed and not event.pull:
+            if agreed and self._plan.whole and (event.clip or not event.pull):
                 self._rest_at = now + REST_DUTY * rest_s
         else:
             setbacks = self._setbacks.get(event.peer, 0)
             self._setbacks[event.peer] = min(setbacks + 1, SETBACKS_LIMIT)
             self._cool[event.peer] = now + COOL_OFF_S * 2**setbacks
-            self._failed_pulls += event.pull
+            if event.pull and event.brought:
+                self._asked.discard(event.peer)  # the next goes on from there: it was no failure
+            else:
+                self._failed_pulls += event.pull
             if event.outcome is Outcome.INTERRUPTED:
                 self.unfinished.add(event.peer)
-        self._deadline = now
+
+    def answered(self, turn: Turn, now: float) -> None:
+        """A partner's request at this place in the rounds was answered in full."""
+        if isinstance(self._plan, ExactRounds):
+            self._plan.answered(turn)
+            self._deadline = now
+            if not self._plan.midway:
+                self._rest_at = now + REST_S
+
+    def out_of_turn(self, peer: NodeId, turn: Turn | None) -> tuple[str, int] | None:
+        """Why this request cannot be answered now, and this node's place in the rounds."""
+        if not isinstance(self._plan, ExactRounds):
+            return None
+        reason = self._plan.objection(peer, turn)
+        return None if reason is None else (reason, self._plan.position)
 
     def next_deadline(self) -> float:
         return self._deadline
@@ -167,11 +197,10 @@ class Schedule:
         self._seen = seen
         if self._busy:
             return None
-        asked = [p for p in partners if p[0] not in self._cool]
         if self._cool:
             self._deadline = min(self._cool.values())
         if self.info.started:
-            decision: Start | GoAhead | None = self._exchange(now, asked)
+            decision: Start | GoAhead | None = self._exchange(now, partners)
         else:
             decision = self._first(now, partners)
         if isinstance(decision, Start):
@@ -182,16 +211,24 @@ class Schedule:
     def _first(self, now: float, partners: Sequence[Partner]) -> Start | GoAhead | None:
         """A run that has not begun looks for weights: rule 4."""
         donors = [p for p in partners if p[1].started]
-        if donors and self._failed_pulls < PULL_ATTEMPTS:
-            asked = [p for p in donors if p[0] not in self._cool]
+        able = [p for p in donors if len(self._asked) < DONORS_LIMIT or p[0] in self._asked]
+        if able and self._failed_pulls < PULL_ATTEMPTS:
+            asked = [p for p in able if p[0] not in self._cool]
             best = max((_rank(info) for _, info in asked), default=None)
-            best_donors = [node for node, info in asked if _rank(info) == best]
-            return Start(peer=self._rng.choice(best_donors), pull=True) if asked else None
+            best_donors = [p for p in asked if _rank(p[1]) == best]
+            fresh = [p for p in best_donors if p[0] not in self._asked]
+            return self._pull(fresh or best_donors) if asked else None
         if not partners:
             return self._go_at(self._alone_at, now, Beginning.ALONE)
         if not donors and self._me < min(node for node, _ in partners):
             return self._go_at(self._settled_at, now, Beginning.FIRST)
         return self._go_at(self._alone_at + FIRST_GRACE_S, now, Beginning.ALONE)
+
+    def _pull(self, donors: Sequence[Partner]) -> Start:
+        node, info = self._rng.choice(donors)
+        if not self.info.started:
+            self._asked.add(node)
+        return Start(peer=node, pull=True, resumes=info.exchanged)
 
     def _go_at(self, at: float, now: float, how: Beginning) -> GoAhead | None:
         if now >= at:
@@ -201,22 +238,33 @@ class Schedule:
 
     def _exchange(self, now: float, partners: Sequence[Partner]) -> Start | None:
         relations = [
-            (node, relation(self.info, self._me, info, node))
-            for node, info in partners
-            if info.started
+            (partner, relation(self.info, self._me, partner[1], partner[0]))
+            for partner in partners
+            if partner[1].started
         ]
-        takes = [node for node, what in relations if what is Relation.TAKE]
+        takes = [
+            partner
+            for partner, what in relations
+            if what is Relation.TAKE and partner[0] not in self._cool
+        ]
         if takes:
-            return Start(peer=self._rng.choice(takes), pull=True)
-        peers = [node for node, what in relations if what is Relation.AVERAGE]
+            return self._pull(takes)
+        peers = [node for (node, _), what in relations if what is Relation.AVERAGE]
+        self._plan.see(peers)
+        peers = [node for node in peers if node not in self._cool]
         halves = [node for node in peers if node in self.unfinished]
         if halves:
             return Start(peer=halves[0], pull=False)
         if not peers:
             self._due = False
             return None
-        if self._due or now >= self._rest_at:
-            return Start(peer=self._rng.choice(peers), pull=False, rest=not self._due)
+        if self._due or self._plan.midway or now >= self._rest_at:
+            start = self._plan.choose(peers, rest=not self._due)
+            self._due = False
+            if start is None and not self._plan.midway:
+                self._rest_at = now + REST_S
+            if start is not None or self._plan.midway:
+                return start
         if self._rest_at == math.inf:
             self._rest_at = now + REST_S
         self._deadline = min(self._deadline, self._rest_at)

@@ -26,6 +26,12 @@ def digest(entries: tuple[SchemaEntry, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def page_of(entries: tuple[SchemaEntry, ...], request: SchemaRequest) -> SchemaPage:
+    """What answers a request, of a run with these entries."""
+    page = entries[request.start : request.start + PAGE_ENTRIES]
+    return SchemaPage(run=request.run, start=request.start, total=len(entries), entries=page)
+
+
 def _shape(entry: SchemaEntry) -> str:
     return "x".join(map(str, entry.shape)) or "scalar"
 
@@ -86,10 +92,7 @@ class Schemas:
 
     def answer(self, request: SchemaRequest) -> SchemaPage | None:
         entries = self._own.get(request.run)
-        if entries is None:
-            return None
-        page = entries[request.start : request.start + PAGE_ENTRIES]
-        return SchemaPage(run=request.run, start=request.start, total=len(entries), entries=page)
+        return None if entries is None else page_of(entries, request)
 
     def compare(self, node: NodeId, schema: str, page: SchemaPage) -> SchemaRequest | None:
         """Looks for the first difference in a page; asks for the next page while there is none."""

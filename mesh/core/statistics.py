@@ -1,13 +1,10 @@
 """What a protocol knows, frozen: the answer to every question about a node's mesh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.core.address import Address
-from mesh.core.messages import (
-    Member,
-    NodeId,
-    RunInfo,
-)
+from mesh.core.for_people import Figures
+from mesh.core.messages import Member, NodeId, RunInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +22,8 @@ class PeerStatistics:
     silent_for_s: float | None
     incarnation: int
     runs: tuple[RunInfo, ...]
+    figures: dict[str, tuple[Figures, float]] = field(default_factory=dict)
+    """of its runs, as it said last, and how many seconds ago; empty for what it has not said"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,112 @@
+"""How the runs do on other nodes: figures for people, handed on beside the probes.
+
+Rules: 1. They decide nothing; a wrong one misleads nobody but a reader. 2. A probe and its answer
+carry REPORTS_LIMIT of them at most, those that this node told least often (as SWIM picks its news),
+so what it costs stays flat with the number of nodes, and figures cross a mesh of a hundred in some
+seconds. 3. Only what the table knows is kept: a living member, and a run that its row names.
+A report's trip: Posted -> publish() -> a Ping or an Ack comes -> news() -> Reports -> the peer's heard() -> of().
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from heapq import nsmallest
+
+from mesh.core.for_people import REPORTS_LIMIT, Figures, Report, Reports
+from mesh.core.membership import Membership
+from mesh.core.messages import Member, NodeId, State
+
+TELLINGS = 8
+"""How often one report is told: more than log2 of the nodes of a large mesh."""
+
+RENEW_S = 1.0
+
+REPORTS_KEPT = 8192
+"""Two runs on each of 4096 members."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    report: Report
+    since: float
+    """when its owner said it, by this node's clock"""
+    told: int = 0
+
+
+class ReportTable:
+    """What one node knows of all runs. `membership` belongs to the protocol; read only."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._kept: dict[NodeId, dict[str, _Kept]] = {}
+        self._count = 0
+        self._own: dict[str, tuple[Figures, float]] = {}
+        """of this node's runs, not told yet"""
+        # As with exchange numbers: a restart begins above all that the last process used.
+        self._serial = membership.own.incarnation << 32
+
+    def publish(self, run: str, figures: Figures, now: float) -> None:
+        """How a run of this node does now; it is told at the next probe."""
+        self._own[run] = figures, now
+
+    def heard(self, reports: Iterable[Report], now: float) -> None:
+        """What another node knows."""
+        for report in reports:
+            held = self._kept.get(report.node, {}).get(report.run)
+            if held is not None and held.report.serial >= report.serial:
+                continue
+            if self._trains(report.node, report.run) and (held or self._count < REPORTS_KEPT):
+                self._keep(report, now - report.age_ms / 1000)
+
+    def news(self, now: float) -> Reports | None:
+        """What to tell next; None if everything was told often enough."""
+        self._renew(now)
+        kept = (kept for runs in self._kept.values() for kept in runs.values())
+        fresh = nsmallest(
+            REPORTS_LIMIT, (k for k in kept if k.told < TELLINGS), key=lambda k: k.told
+        )
+        for one in fresh:
+            one.told += 1
+        reports = tuple(
+            replace(one.report, age_ms=max(0, round(1000 * (now - one.since)))) for one in fresh
+        )
+        return Reports(reports=reports) if reports else None
+
+    def of(self, node: NodeId, run: str, now: float) -> tuple[Figures, float] | None:
+        """The last figures of a run on a member, and how many seconds old they are."""
+        kept = self._kept.get(node, {}).get(run)
+        return (kept.report.figures, now - kept.since) if kept else None
+
+    def row_changed(self, row: Member) -> None:
+        """Drops what the member trains no more."""
+        runs = self._kept.get(row.node, {})
+        for run in [run for run in runs if not self._trains(row.node, run)]:
+            del runs[run]
+            self._count -= 1
+        if not runs:
+            self._kept.pop(row.node, None)
+
+    def _renew(self, now: float) -> None:
+        """Each run of this node is news once a second at most."""
+        node = self._membership.own.node
+        for run in list(self._own):
+            held = self._kept.get(node, {}).get(run)
+            if held is not None and now - held.since < RENEW_S:
+                continue
+            figures, said_at = self._own.pop(run)
+            if self._trains(node, run):
+                self._serial += 1
+                serial = self._serial
+                report = Report(node=node, run=run, serial=serial, age_ms=0, figures=figures)
+                self._keep(report, said_at)
+
+    def _keep(self, report: Report, since: float) -> None:
+        runs = self._kept.setdefault(report.node, {})
+        self._count += report.run not in runs
+        runs[report.run] = _Kept(report, since)
+
+    def _trains(self, node: NodeId, run: str) -> bool:
+        own = self._membership.own
+        row = own if node == own.node else self._membership.others.get(node)
+        if row is None or row.state > State.SUSPECT:
+            return False
+        return any(info.run == run for info in row.runs)
