@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -373,7 +374,8 @@ def test_mesh_sim_trains_the_digits_example_side_by_side_with_one_place(
     assert cli.main(["sim", "-n", "2", *flags, str(DIGITS), *shards]) == 0
     out, err = capsys.readouterr()
     answer = json.loads(out)
-    assert answer["schema"] == "mesh.learning/1"
+    schema = json.loads((REPOSITORY / "docs/schemas/mesh.learning.1.json").read_text())
+    jsonschema.validate(answer, schema)
     found = answer["strategies"]
     assert list(found) == ["pair", "alone", "one-place"]
     assert found["pair"]["averaged"] > 0.7
