@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mesh.attachment import Statistics
+    from mesh.checkpoint import CheckpointInfo, load
     from mesh.client import RunningNode, ask, find_node, question, running_nodes
     from mesh.errors import (
         IdentityError,
@@ -28,27 +30,27 @@ if TYPE_CHECKING:
         is_member,
         join_mesh,
         leave_mesh,
-        load,
         read_token,
         rename,
     )
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
     from mesh.learning import simulate
     from mesh.learning_report import LearningReport
+    from mesh.momentum import QuasiGlobalSGD
     from mesh.places import state_directory
     from mesh.process import run_node
     from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulated_script import simulate_script
     from mesh.simulation import SimulationReport, simulate_faults
-    from mesh.training import JoinedNode, Statistics, join
+    from mesh.training import JoinedNode, join
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "join": "training",
     "JoinedNode": "training",
-    "Statistics": "training",
+    "Statistics": "attachment",
     "NodeSettings": "settings",
     "parse_address": "settings",
     "state_directory": "places",
@@ -56,7 +58,9 @@ _HOMES = {
     "join_mesh": "identity",
     "leave_mesh": "identity",
     "is_member": "identity",
-    "load": "identity",
+    "load": "checkpoint",
+    "CheckpointInfo": "checkpoint",
+    "QuasiGlobalSGD": "momentum",
     "read_token": "identity",
     "rename": "identity",
     "ask": "client",
@@ -87,6 +91,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckpointInfo",
     "IdentityError",
     "JoinedNode",
     "LearningReport",
@@ -99,6 +104,7 @@ __all__ = [
     "PeersMissing",
     "PullProgress",
     "PulledModel",
+    "QuasiGlobalSGD",
     "RunningNode",
     "ScriptFailed",
     "SimulationReport",

@@ -9,8 +9,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final
 
+from mesh.checkpoint import CheckpointInfo
 from mesh.client import LocalSocket, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.launch import NodeProcess, make_mesh_if_none, start_node
@@ -27,13 +29,44 @@ FIRST_RETRY_S: Final = 1.0
 LAST_RETRY_S: Final = 30.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What JoinedNode.statistics() returns. Sizes are bytes, times seconds."""
+
+    attached: bool
+    """False: the node is gone and the training goes on alone"""
+    step: int
+    mesh_step: int
+    """steps of the mesh: JoinedNode.mesh_step"""
+    samples: int
+    peers: int
+    """peers that this run is averaged with now"""
+    exchanges: int
+    """exchanges that this node began and completed"""
+    answered: int
+    bytes_sent: int
+    bytes_received: int
+    drift: float | None
+    """consensus distance: RMS distance of the replicas to their mean"""
+    began: str | None
+    """how the run got its first weights: alone, first, donor, again"""
+
+
 class Attachment:
     """One training's tie to a node, through the deaths of either."""
 
-    def __init__(self, tensors: Tensors, settings: NodeSettings, request: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        settings: NodeSettings,
+        request: dict[str, Any],
+        *,
+        resumed: CheckpointInfo | None = None,
+    ) -> None:
         """Attaches and waits for the first weights, which are in the model then. Raises MeshError.
 
         `request` is what the training says of itself to every node that it attaches to.
+        `resumed`: what its checkpoint says, if it goes on from one.
         """
         self._tensors = tensors
         self._settings = settings
@@ -41,11 +74,14 @@ class Attachment:
         self._process: NodeProcess | None = None
         self._retry_at = 0.0
         self._retry_s = FIRST_RETRY_S
-        self._met = False
+        self._begun = resumed is not None
+        self._met = resumed is not None and resumed.exchanged
         """other replicas have met this one: what it holds is the mesh's"""
         self.session: Session | None = None
         """None while the node is gone"""
         self.clock = StepClock()
+        if resumed is not None:
+            self.clock = StepClock(steps=resumed.mesh_step, counted=resumed.step)
         """the mesh clock; it goes on by itself while the node is gone"""
         self.began: str | None = None
         """how the run got its first weights"""
@@ -60,7 +96,35 @@ class Attachment:
         """Name of the run."""
         return str(self._request["run"])
 
-    def figures(self) -> dict[str, Any]:
+    @property
+    def strategy(self) -> str:
+        """How the run is averaged."""
+        return str(self._request["strategy"])
+
+    @property
+    def met(self) -> bool:
+        """Whether other replicas have met this one."""
+        return self._met or (self.session is not None and self.session.peers > 0)
+
+    def statistics(self, step: int, mesh_step: int, samples: int) -> Statistics:
+        """Of a training that came so far."""
+        figures = self._figures()
+        exchanges = figures.get("exchanges", {})
+        return Statistics(
+            attached=bool(figures),
+            step=step,
+            mesh_step=mesh_step,
+            samples=samples,
+            peers=figures.get("partners", 0),
+            exchanges=exchanges.get("completed", 0),
+            answered=exchanges.get("answered", 0),
+            bytes_sent=figures.get("bytes_sent", 0),
+            bytes_received=figures.get("bytes_received", 0),
+            drift=figures.get("drift"),
+            began=self.began,
+        )
+
+    def _figures(self) -> dict[str, Any]:
         """This run's part of `mesh status`; empty while the node is gone."""
         if self.session is None:
             return {}
@@ -133,12 +197,11 @@ class Attachment:
         self._attach(LocalSocket(running.control, LOCAL_S), BEGIN_S)
 
     def _attach(self, link: LocalSocket, begin_s: float) -> None:
-        before = self.began is not None
         session, how = Session.attach(
             link,
             {
                 **self._request,
-                "started": before,
+                "started": self._begun,
                 "exchanged": self._met,
                 "step": self.clock.counted,
                 "clock": self.clock.steps,
@@ -151,16 +214,15 @@ class Attachment:
             self._tensors.load(session.offered)
         session.posted[:] = session.offered
         self._met |= how == "donor"
+        self._begun = True
         self.session, self.began = session, self.began or how
 
     def _drop(self) -> None:
         if self.session is not None:
-            self._met |= self.session.peers > 0
+            self._met = self.met
             self.session.close()
             self.session = None
 
 
-ATTACH: Final[ContextVar[Callable[[Tensors, NodeSettings, dict[str, Any]], Attachment]]] = (
-    ContextVar("attach", default=Attachment)
-)
+ATTACH: Final[ContextVar[Callable[..., Attachment]]] = ContextVar("attach", default=Attachment)
 """What join() attaches with: in a laboratory (mesh/laboratory.py) to a virtual node of its own."""

@@ -34,6 +34,9 @@ class Disk(Protocol):
 
     def remove(self, path: Path) -> None: ...
 
+    def names(self, directory: Path) -> list[Path]:
+        """The files in a directory."""
+
 
 class RealDisk:
     """The operating system's."""
@@ -57,6 +60,9 @@ class RealDisk:
 
     def remove(self, path: Path) -> None:
         path.unlink()
+
+    def names(self, directory: Path) -> list[Path]:
+        return sorted(directory.iterdir())
 
 
 REAL_DISK: Final = RealDisk()

@@ -11,13 +11,16 @@ from typing import Any, Final, Self
 
 from mesh.client import LocalSocket
 from mesh.codec import Floats
-from mesh.errors import MeshError, UsageError
+from mesh.errors import MeshError, NodeNotRunning, UsageError
 from mesh.shared import HandOverMemory
 
 logger = logging.getLogger("mesh")
 
 LOCAL_S: Final = 2.0
 """A node on the same machine answers in a millisecond; beyond this it is stopped."""
+
+EVALUATION_S: Final = 2.0
+"""averaged() and close() wait this long for one exchange, so that what counts is the mesh's."""
 
 REPORT_S: Final = 60.0
 """A newcomer on slow Wi-Fi hears this often that its first weights are still on their way."""
@@ -123,6 +126,13 @@ class Session:
                         event.get("step"),
                     )
         return self.holding
+
+    def wait_for_offer(self) -> None:
+        """For one after an exchange; without that, for one as things are. Raises NodeNotRunning."""
+        if not self.take_events(EVALUATION_S):
+            self.want()
+            if not self.take_events(LOCAL_S):
+                raise NodeNotRunning("the node does not answer")
 
     def want(self) -> None:
         """Asks for an offer, once."""

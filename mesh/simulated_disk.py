@@ -98,9 +98,9 @@ class SimulatedDisk:
         self._file(path)
         del self._seen[path]
 
-    def names(self) -> list[Path]:
-        """Of all files that a program sees."""
-        return sorted(self._seen)
+    def names(self, directory: Path | None = None) -> list[Path]:
+        """Of all files that a program sees, or of those in one directory."""
+        return sorted(path for path in self._seen if directory in (None, path.parent))
 
     def crash(self) -> None:
         """The power is cut and comes back: what is left is seen, and durable, from now on."""

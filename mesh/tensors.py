@@ -1,15 +1,17 @@
-"""A model's floating-point tensors as one flat float32 vector, in place. The other file with torch.
+"""A model's floating-point tensors as one flat float32 vector, in place.
 
 Rules: 1. The order is that of the state dict, tied weights once. 2. Nothing is replaced: optimizer,
 model and user keep their tensors. 3. For float16 and bfloat16 `posted` keeps what their rounding
 drops, so that averaging by less than one step of the type is not lost, and rounding is never taken
-for progress.
+for progress. 4. BatchNorm's variances lie in flat buffers as second moments (batchnorm.py), so that
+plain averages of them are right.
 """
 
 from typing import Any
 
 import torch
 
+from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.codec import Floats
 from mesh.errors import UsageError
 
@@ -43,11 +45,25 @@ class Tensors:
         for name, tensor in self._tensors.items():
             if again.get(name) is not tensor:
                 raise UsageError(f"{name} is made anew by state_dict(): it cannot be averaged")
+        held = {id(tensor) for tensor in self._tensors.values()}
+        self._statistics = [
+            layer
+            for layer in running_statistics(model)
+            if id(layer.mean) in held and id(layer.variance) in held
+        ]
+        self._in_statistics = {
+            id(tensor) for layer in self._statistics for tensor in (layer.mean, layer.variance)
+        }
         self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
         self.entries = sum(tensor.numel() for tensor in self._tensors.values())
         if not self.entries:
             raise UsageError("the model's tensors are all empty: nothing can be averaged")
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether a layer's running statistics are averaged."""
+        return bool(self._statistics)
 
     def schema(self) -> list[list[Any]]:
         """[name, shape, dtype] of each tensor."""
@@ -84,12 +100,17 @@ class Tensors:
         """flat = x."""
         for tensor, part in self._pairs(flat):
             part.copy_(tensor)
+        for layer, mean, second in self._moments(flat):
+            for part, value in zip((mean, second), layer.moments(), strict=True):
+                part.copy_(value)
 
     @torch.no_grad()
     def load(self, flat: Floats) -> None:
         """x = flat."""
         for tensor, part in self._pairs(flat):
             tensor.copy_(part)
+        for layer, mean, second in self._moments(flat):
+            layer.write(mean, second)
 
     @torch.no_grad()
     def collect(self, posted: Floats) -> None:
@@ -99,6 +120,10 @@ class Tensors:
                 part.copy_(tensor)
             else:
                 part.add_(_progress(tensor, part))
+        for layer, mean, second in self._moments(posted):
+            for part, value in zip((mean, second), layer.progress(mean, second), strict=True):
+                part.copy_(value.add_(part))
+            layer.write(mean, second)  # or what posted keeps would be taken for progress next time
 
     @torch.no_grad()
     def merge(self, posted: Floats, offered: Floats) -> None:
@@ -121,31 +146,75 @@ class Tensors:
             else:
                 torch.add(offer, _progress(tensor, last), out=last)
                 tensor.copy_(last)
+        for (layer, *last_two), (_, *offers) in zip(
+            self._moments(posted), self._moments(offered), strict=True
+        ):
+            added = layer.progress(*last_two)
+            for last, offer, value in zip(last_two, offers, added, strict=True):
+                last.copy_(value.add_(offer))
+            layer.write(*last_two)
 
     @torch.no_grad()
     def copies(self) -> list[torch.Tensor]:
-        """The tensors as they are, for restore()."""
-        return [tensor.detach().clone() for tensor in self._tensors.values()]
+        """The tensors as they are, for restore(); BatchNorm's counters of batches too."""
+        return [tensor.detach().clone() for tensor in self._kept()]
 
     @torch.no_grad()
     def restore(self, copies: list[torch.Tensor]) -> None:
-        for tensor, copy in zip(self._tensors.values(), copies, strict=True):
+        for tensor, copy in zip(self._kept(), copies, strict=True):
             tensor.copy_(copy)
 
-    def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _kept(self) -> list[torch.Tensor]:
+        counters = [layer.batches for layer in self._statistics if layer.batches is not None]
+        return [*self._tensors.values(), *counters]
+
+    def _parts(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
         flat = torch.from_numpy(buffer)
-        pairs, start = [], 0
+        parts, start = [], 0
         for tensor in self._tensors.values():
             end = start + tensor.numel()
-            pairs.append((tensor.detach(), flat[start:end].view(tensor.shape)))
+            parts.append((tensor, flat[start:end].view(tensor.shape)))
             start = end
-        return pairs
+        return parts
+
+    def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(tensor, its part) of everything that lies in the buffer as it is."""
+        parts = self._parts(buffer)
+        return [(t.detach(), part) for t, part in parts if id(t) not in self._in_statistics]
+
+    def _moments(
+        self, buffer: Floats
+    ) -> list[tuple[RunningStatistics, torch.Tensor, torch.Tensor]]:
+        """(layer, its part for the mean, its part for the second moment)."""
+        if not self._statistics:
+            return []
+        parts = {id(tensor): part for tensor, part in self._parts(buffer)}
+        return [(la, parts[id(la.mean)], parts[id(la.variance)]) for la in self._statistics]
+
+
+def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises UsageError for one that was made of another model's parameters."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held and not any(id(p) in held for p in model.parameters()):
+        raise UsageError(
+            "the optimizer holds none of this model's parameters: make it from model.parameters() "
+            "after the model is final"
+        )
 
 
 def _progress(tensor: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """What training added to a low-precision tensor since it was rounded from `last`, in float32."""
     now = tensor.to("cpu", torch.float32, copy=True)
     return now.sub_(last.to(tensor.dtype).to(torch.float32))
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are one under two names (tied weights)."""
+    if tensor.numel() and tensor.data_ptr():
+        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    return (id(tensor),)
 
 
 def _floating(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -159,8 +228,7 @@ def _floating(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             raise UsageError(f"{name} is complex: only real numbers can be averaged")
         if not tensor.is_floating_point():
             continue
-        storage = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        same = storage if tensor.numel() and tensor.data_ptr() else (id(tensor),)
+        same = storage_key(tensor)
         if same not in seen:
             seen.add(same)
             found[name] = tensor

@@ -1,4 +1,4 @@
-"""join(): the torch side, in the training process. With tensors.py the only torch of mesh/.
+"""join(): the torch side, in the training process.
 
 The training holds an offer (two shared buffers `posted` and `offered`) from "begun" or "offered" to
 its next "post"; the node holds them in between. A boundary, every H steps, reads:
@@ -12,55 +12,34 @@ boundaries only, never its integer and bool buffers.
 """
 
 import contextlib
+import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import torch
 
-from mesh.attachment import ATTACH, Attachment
+from mesh import batchnorm
+from mesh.attachment import ATTACH, Attachment, Statistics
+from mesh.autosave import Autosave
 from mesh.codec import EXACT, check_codec
 from mesh.core.strategies import PAIR, check_strategy, usual_every
 from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
+from mesh.keeper import Keeper
 from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
-from mesh.tensors import Tensors
+from mesh.tensors import Tensors, check_optimizer
 from mesh.uninterrupted import uninterrupted
 
-EVALUATION_S: Final = 2.0
-"""averaged() and close() wait this long for one exchange, so that what counts is the mesh's."""
+logger = logging.getLogger("mesh")
 
 POLL_S: Final = 0.05
 NUMBER_LIMIT: Final = 1e6
 """Of seconds and weights: a wait of eleven days is none, and samples can be counted in thousands."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """What JoinedNode.statistics() returns. Sizes are bytes, times seconds."""
-
-    attached: bool
-    """False: the node is gone and the training goes on alone"""
-    step: int
-    mesh_step: int
-    """steps of the mesh: JoinedNode.mesh_step"""
-    samples: int
-    peers: int
-    """peers that this run is averaged with now"""
-    exchanges: int
-    """exchanges that this node began and completed"""
-    answered: int
-    bytes_sent: int
-    bytes_received: int
-    drift: float | None
-    """consensus distance: RMS distance of the replicas to their mean"""
-    began: str | None
-    """how the run got its first weights: alone, first, donor, again"""
 
 
 def join(
@@ -74,6 +53,8 @@ def join(
     patience: float = 0.0,
     sync_timeout: float = 2.0,
     codec: str = EXACT,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
     state: str | os.PathLike[str] | None = None,
     settings: NodeSettings | None = None,
 ) -> "JoinedNode":
@@ -83,83 +64,93 @@ def join(
     already, its own after `sync_timeout` seconds where nobody does. Use as a context manager, then
     call step() after each optimizer step.
 
-    model: what is averaged: every floating-point entry of its state dict (float16, bfloat16, float32,
-        float64), tied weights once; integer and bool buffers stay local.
+    model: what is averaged: every floating-point entry of its state dict, of any precision, tied
+        weights once; integer and bool buffers stay local.
     optimizer: checked to hold this model's parameters; its own state stays local.
     run: name of the training; machines of one run with equal layers average. Default: the script's.
-    strategy: how replicas are averaged: "pair"; "exact" for few, steady nodes; "cyclic" a part at a
-        time; "outer" for slow networks; "clip" where nodes may lie. docs/strategies.md compares them.
-        All nodes of a run have the same.
-    every: steps between hand-overs; smaller for small batches and uneven data. Default 8; 50 for
-        "outer".
+    strategy: how replicas are averaged, alike in all of a run: "pair"; "exact" for few, steady nodes;
+        "cyclic" a part at a time; "outer" for slow networks; "clip" where nodes may lie.
+    every: steps between hand-overs, by default 8 (50 for "outer"); fewer for small batches and
+        uneven data.
     weight: this node's part in the average (FedAvg: its number of samples).
     patience: seconds that a hand-over may wait for its exchange; 0 never waits.
     codec: how this node writes numbers in the exchanges it begins: "f32" exactly; "bf16" in half the
         bytes; "int8" in a quarter of them, rounded by chance. Nodes of one run may differ.
+    checkpoint: a directory of this machine's own; a checkpoint of the run in it is resumed from, so
+        that a script that crashed goes on: its loop begins at node.steps.
+    checkpoint_every: seconds between two checkpoints, or more; the last is written by close().
     state, settings: which node; default $MESH_STATE, else the user's own.
 
     Raises UsageError (what to change is in the message) or MeshError.
     """
-    if not run:
-        run = Path(sys.argv[0] or "default").stem[:64] or "default"
-    if every is None:
-        every = usual_every(strategy)
-    if type(every) is not int or every < 1:
-        raise UsageError(f"every={every!r}: a whole number of steps from 1")
-    for name, value in (("weight", weight), ("patience", patience), ("sync_timeout", sync_timeout)):
-        if not 0 <= value <= NUMBER_LIMIT:
-            raise UsageError(f"{name}={value!r}: a number from 0 to {NUMBER_LIMIT:g}")
-    if weight == 0:
-        raise UsageError("weight=0: a replica without weight would never be heard")
+    run = run or Path(sys.argv[0] or "default").stem[:64] or "default"
+    every = usual_every(strategy) if every is None else every
+    numbers = {"weight": weight, "patience": patience, "sync_timeout": sync_timeout}
+    _check(every, {**numbers, "checkpoint_every": checkpoint_every})
     check_strategy(strategy, weight)
     tensors = Tensors(model)
-    _check_optimizer(model, optimizer)
+    check_optimizer(model, optimizer)
+    if tensors.has_batchnorm:
+        logger.warning(batchnorm.ADVICE)
     if settings is None:
         settings = NodeSettings(state=Path(state)) if state is not None else NodeSettings()
-    attachment = ATTACH.get()(
-        tensors,
-        settings,
-        {
-            "run": run,
-            "schema": tensors.schema(),
-            "weight": float(weight),
-            "every": every,
-            "codec": check_codec(codec),
-            "strategy": strategy,
-            "sync_timeout_s": float(sync_timeout),
-            "pid": os.getpid(),
-            "script": sys.argv[0] or "python",
-        },
-    )
-    return JoinedNode(tensors, attachment, every=every, patience=patience)
+    request = {
+        "run": run,
+        "schema": tensors.schema(),
+        "weight": float(weight),
+        "every": every,
+        "codec": check_codec(codec),
+        "strategy": strategy,
+        "sync_timeout_s": float(sync_timeout),
+        "pid": os.getpid(),
+        "script": sys.argv[0] or "python",
+    }
+    autosave = None if checkpoint is None else Autosave(checkpoint, run, checkpoint_every)
+    try:
+        keeper = Keeper(model, optimizer, autosave)
+        attachment = ATTACH.get()(tensors, settings, request, resumed=keeper.resumed)
+    except BaseException:
+        if autosave is not None:
+            autosave.close()
+        raise
+    return JoinedNode(model, tensors, attachment, keeper, every=every, patience=patience)
 
 
-def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    if optimizer is None:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held and not any(id(p) in held for p in model.parameters()):
-        raise UsageError(
-            "the optimizer holds none of this model's parameters: make it from model.parameters() "
-            "after the model is final"
-        )
+def _check(every: int, numbers: dict[str, float]) -> None:
+    if type(every) is not int or every < 1:
+        raise UsageError(f"every={every!r}: a whole number of steps from 1")
+    for name, value in numbers.items():
+        if not 0 <= value <= NUMBER_LIMIT:
+            raise UsageError(f"{name}={value!r}: a number from 0 to {NUMBER_LIMIT:g}")
+    if numbers["weight"] == 0:
+        raise UsageError("weight=0: a replica without weight would never be heard")
 
 
 class JoinedNode:
     """What join() returns: this training's place in the mesh. One thread at a time may use it."""
 
     def __init__(
-        self, tensors: Tensors, attachment: Attachment, *, every: int, patience: float
+        self,
+        model: torch.nn.Module,
+        tensors: Tensors,
+        attachment: Attachment,
+        keeper: Keeper,
+        *,
+        every: int,
+        patience: float,
     ) -> None:
         """Use join()."""
+        self._model = model
         self._tensors = tensors
         self._attachment = attachment
+        self._keeper = keeper
         self._every = every
         self._patience = patience
         self._closed = False
-        self._steps = 0
-        self._samples = 0
+        self._steps = keeper.resumed.step if keeper.resumed is not None else 0
+        self._samples = keeper.resumed.samples if keeper.resumed is not None else 0
         self._loss: float | None = None
+        keeper.attached(attachment.session)
 
     # ------------------------------------------------------------------------------- interface
 
@@ -187,6 +178,11 @@ class JoinedNode:
         """
         return max(0, int(self._attachment.clock.at(self._steps)))
 
+    @property
+    def steps(self) -> int:
+        """Steps of this training, with those before it was resumed from a checkpoint."""
+        return self._steps
+
     def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
         """Call after each optimizer step. Every H-th call hands over; none waits for the network.
 
@@ -199,18 +195,8 @@ class JoinedNode:
         if loss is not None:
             self._loss = float(loss)
         self._attachment.stepped(loss)
-        place = self._steps % self._every
-        session = self._attachment.session
-        if session is None:
-            if place == 0:
-                self._tensors.check()
-                self._attachment.again(self._steps)
-            return
-        with self._attachment.or_alone():
-            if place == 0:
-                self._boundary(session)
-            elif place == self._every - 1 and not self._patience:
-                session.want()
+        self._average()
+        self._keeper.step(**self._figures())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -229,18 +215,38 @@ class JoinedNode:
             if session is not None:
                 with uninterrupted():
                     session.meet()
-                _wait_for_offer(session)
-        session = self._attachment.session
-        if session is None:
-            yield  # alone: the training's own weights are all there is
-            return
+                session.wait_for_offer()
+        session = (
+            self._attachment.session
+        )  # None: alone, the training's own weights are all there is
         kept = self._tensors.copies()
         try:
-            self._tensors.load(session.offered)
+            if session is not None:
+                self._tensors.load(session.offered)
             yield
         finally:
             with uninterrupted():
                 self._tensors.restore(kept)
+
+    def refresh_batchnorm(self, loader: Iterable[Any], batches: int = 100) -> None:
+        """Running statistics of BatchNorm anew, from this node's data and the weights as they are.
+
+            with node.averaged():
+                node.refresh_batchnorm(loader)     # gone with the averaged weights after the block
+                evaluate(model)
+
+        loader: gives inputs, or lists whose first entry is the model's input; read up to `batches`.
+        Outside averaged() the new statistics are the training's and go to the mesh as its progress.
+        """
+        batchnorm.refresh(self._model, loader, batches)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes model, optimizer and figures to `path`.json and the safetensors that it names.
+
+        mesh.load(path, model, optimizer) brings them back. Within averaged() the model is the mesh's.
+        Returns when both are safe on the disk; raises MeshError, and what `path` held stays.
+        """
+        self._keeper.save(path, **self._figures())
 
     def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> bool:
         """Waits until this run is averaged with at least `n` peers; True.
@@ -262,21 +268,7 @@ class JoinedNode:
 
     def statistics(self) -> Statistics:
         """Figures of this run now; those of the mesh are 0 while the node is gone."""
-        figures = self._attachment.figures()
-        exchanges = figures.get("exchanges", {})
-        return Statistics(
-            attached=bool(figures),
-            step=self._steps,
-            mesh_step=self.mesh_step,
-            samples=self._samples,
-            peers=figures.get("partners", 0),
-            exchanges=exchanges.get("completed", 0),
-            answered=exchanges.get("answered", 0),
-            bytes_sent=figures.get("bytes_sent", 0),
-            bytes_received=figures.get("bytes_received", 0),
-            drift=figures.get("drift"),
-            began=self._attachment.began,
-        )
+        return self._attachment.statistics(self._steps, self.mesh_step, self._samples)
 
     def close(self) -> None:
         """Hands over the last progress, detaches, and stops the node if join() started it.
@@ -299,6 +291,20 @@ class JoinedNode:
 
     # ------------------------------------------------------------------------------- hand-over
 
+    def _average(self) -> None:
+        place = self._steps % self._every
+        session = self._attachment.session
+        if session is None:
+            if place == 0:
+                self._tensors.check()
+                self._attachment.again(self._steps)
+            return
+        with self._attachment.or_alone():
+            if place == 0:
+                self._boundary(session)
+            elif place == self._every - 1 and not self._patience:
+                session.want()
+
     def _boundary(self, session: Session) -> None:
         self._tensors.check()
         if not session.take_events(self._patience):
@@ -309,6 +315,7 @@ class JoinedNode:
             # It arrived before any step was made since the post: it is the model.
             with uninterrupted():
                 self._tensors.merge(session.posted, session.offered)
+                self._keeper.merged(session)
                 session.fresh = False
 
     def _post(self, session: Session, *, waits: bool) -> None:
@@ -317,6 +324,7 @@ class JoinedNode:
         with uninterrupted():
             if session.fresh:
                 self._tensors.merge(session.posted, session.offered)
+                self._keeper.merged(session)
             else:
                 self._tensors.collect(session.posted)
             session.post(
@@ -333,7 +341,7 @@ class JoinedNode:
         session.want()
         if session.take_events(LOCAL_S):
             self._post(session, waits=True)
-            _wait_for_offer(session)
+            session.wait_for_offer()
 
     def _close(self, *, hand_over: bool) -> None:
         if self._closed:
@@ -344,18 +352,26 @@ class JoinedNode:
                 with contextlib.suppress(MeshError):
                     self._hand_over_last(self._attachment.session)
         finally:
-            self._attachment.close()
+            try:
+                if hand_over:
+                    self._keeper.finish(**self._figures())
+            finally:
+                self._keeper.close()
+                self._attachment.close()
+
+    def _figures(self) -> dict[str, Any]:
+        """What a checkpoint says of this training."""
+        return {
+            "run": self.run,
+            "step": self._steps,
+            "mesh_step": self.mesh_step,
+            "samples": self._samples,
+            "strategy": self._attachment.strategy,
+            "exchanged": self._attachment.met,
+        }
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(
                 f"run {self.run!r} is closed: step() and averaged() belong inside the `with` block"
             )
-
-
-def _wait_for_offer(session: Session) -> None:
-    """For an offer after one exchange; without it, for one as things are. Raises NodeNotRunning."""
-    if not session.take_events(EVALUATION_S):
-        session.want()
-        if not session.take_events(LOCAL_S):
-            raise NodeNotRunning("the node does not answer")

@@ -7,6 +7,7 @@ from typing import Any
 import trio
 
 from mesh.attachment import ATTACH, BEGIN_S, Attachment
+from mesh.checkpoint import CheckpointInfo
 from mesh.conditions import ONE_PLACE
 from mesh.errors import UsageError
 from mesh.laboratory import Laboratory
@@ -38,6 +39,8 @@ class VirtualAttachment(Attachment):
         tensors: Tensors,
         settings: NodeSettings,
         request: dict[str, Any],
+        *,
+        resumed: CheckpointInfo | None = None,
     ) -> None:
         if machine.tensors is not None:
             raise UsageError("a virtual machine has one training at a time: leave the first one")
@@ -47,7 +50,7 @@ class VirtualAttachment(Attachment):
             "codec": laboratory.conditions.codec,
         }
         ordered = {key: value for key, value in wanted.items() if value is not None}
-        super().__init__(tensors, settings, {**request, **ordered})
+        super().__init__(tensors, settings, {**request, **ordered}, resumed=resumed)
 
     def _begin(self) -> None:
         self._attach(self._laboratory.link(self._machine), BEGIN_S)
@@ -60,7 +63,7 @@ class VirtualAttachment(Attachment):
     def again(self, step: int) -> None:
         pass  # a virtual node lives as long as its training
 
-    def figures(self) -> dict[str, Any]:
+    def _figures(self) -> dict[str, Any]:
         return self._laboratory.figures(self._machine, self.run)
 
     def now(self) -> float:

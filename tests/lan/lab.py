@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import mesh
+from mesh.identity import load
 
 PORT: Final = 7710
 PREFIX: Final = "gossiplan"
@@ -132,7 +133,7 @@ class Machine:
     @property
     def node(self) -> str:
         """Id of this machine's node; it has one from `mesh init` or `mesh join` on."""
-        return mesh.load(self.state).node
+        return load(self.state).node
 
     # ------------------------------------------------------------------------------- programs
 

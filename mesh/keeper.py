@@ -1,0 +1,71 @@
+"""What a training keeps beside its averaged weights: the optimizer's momentum, and checkpoints.
+
+A merge's trip: an offer is in the model -> merged() -> QuasiGlobalSGD learns how the mesh moved. A
+step's: step() -> a checkpoint is due -> autosave.py. Rules: 1. Nothing of this is averaged: Adam's
+moments, step counts and schedules stay local. 2. A merge after an absence (a resumed training, a node
+that was gone) brings in all that the mesh did meanwhile, and says nothing of momentum.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+from mesh.autosave import Autosave
+from mesh.checkpoint import snapshot
+from mesh.generations import generation_path, write_generation
+from mesh.momentum import QuasiGlobalSGD
+from mesh.session import Session
+
+
+class Keeper:
+    """Model and optimizer of one training. `figures` are those of checkpoint.snapshot()."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        autosave: Autosave | None,
+    ) -> None:
+        """Brings back what a crash interrupted. Raises UsageError for a checkpoint that does not fit."""
+        self._model = model
+        self._optimizer = optimizer
+        self._autosave = autosave
+        self._anchored: Session | None = None
+        """the session that the momentum has been counting in since its last anchor"""
+        self.resumed = autosave.resume(model, optimizer) if autosave is not None else None
+
+    def attached(self, session: Session | None) -> None:
+        """The model holds its first weights, or those of the checkpoint."""
+        if self.resumed is None and isinstance(self._optimizer, QuasiGlobalSGD):
+            self._optimizer.anchor()
+            self._anchored = session
+
+    def merged(self, session: Session) -> None:
+        """An offer of this session has just been brought into the model."""
+        if isinstance(self._optimizer, QuasiGlobalSGD):
+            if self._anchored is session:
+                self._optimizer.mixed()
+            else:
+                self._optimizer.anchor()
+            self._anchored = session
+
+    def step(self, **figures: Any) -> None:
+        """A step is over: writes a checkpoint in the background, if one is due."""
+        if self._autosave is not None and self._autosave.due():
+            self._autosave.start(snapshot(self._model, self._optimizer, **figures))
+
+    def save(self, path: str | os.PathLike[str], **figures: Any) -> None:
+        """Writes a checkpoint and waits for the disk. Raises MeshError."""
+        target = generation_path(path)
+        write_generation(target, *snapshot(self._model, self._optimizer, **figures))
+
+    def finish(self, **figures: Any) -> None:
+        """Writes the last checkpoint of this training."""
+        if self._autosave is not None:
+            self._autosave.finish(snapshot(self._model, self._optimizer, **figures))
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is being written. Harmless twice."""
+        if self._autosave is not None:
+            self._autosave.finish(None)

@@ -1,0 +1,210 @@
+"""join(checkpoint=): a training that crashed goes on where it was, and averages with a mesh that went on."""
+
+import contextlib
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mesh
+from mesh import autosave
+from mesh.autosave import Autosave
+from mesh.checkpoint import snapshot
+from mesh.keeper import Keeper
+from tests.helpers import REPOSITORY, until
+
+FIGURES = {"run": "toy", "mesh_step": 0, "samples": 0, "strategy": "pair", "exchanged": False}
+
+
+class Crash(Exception):
+    """The training ends in the middle of its loop."""
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Two members of one mesh; a host registry that is nobody else's."""
+    (tmp_path / "run").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    token = mesh.create_mesh(tmp_path / "a", "a")
+    mesh.join_mesh(tmp_path / "b", token, "b")
+    return [mesh.NodeSettings(state=tmp_path / name, interfaces=("lo",)) for name in ("a", "b")]
+
+
+def make(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    return model, mesh.QuasiGlobalSGD(model.parameters(), lr=0.01)
+
+
+def train(node, model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).pow(2).sum().backward()
+        optimizer.step()
+        node.step(samples=8)
+
+
+def values(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def meet(*nodes):
+    """An exchange, and no step."""
+    for node in nodes:
+        with node.averaged():
+            pass
+
+
+def test_a_training_that_crashed_resumes_by_itself_and_averages_with_the_mesh(
+    places, tmp_path, caplog
+):
+    options = {"run": "toy", "every": 2, "sync_timeout": 0.3}
+    (x, ox), (y, oy) = make(1), make(2)
+    kept = {**options, "settings": places[0], "checkpoint": tmp_path / "kept"}
+    with mesh.join(y, oy, settings=places[1], **options) as second:
+        with (
+            contextlib.suppress(Crash),
+            mesh.join(x, ox, checkpoint_every=0, **kept) as first,
+        ):
+            assert caplog.text.count("GroupNorm survives uneven data") == 2, "once for each join"
+            second.wait_for_peers(1, timeout=10)
+            meet(first)
+            for _ in range(10):
+                train(first, x, ox, 4)
+                train(second, y, oy, 4)
+            momentum = ox.state[x[0].weight]["m"]
+            assert momentum.abs().sum() > 0, "join() tells the optimizer of mixings"
+            raise Crash
+        path = tmp_path / "kept" / "toy.json"
+        saved, state = make(3)
+        info = mesh.load(path, saved, state)
+        assert 0 < info.step <= 40
+        assert info.samples == 8 * info.step
+        assert info.exchanged
+        train(second, y, oy, 8)
+        theirs = mesh_weights(second, y)
+        assert not torch.allclose(theirs, values(saved), atol=1e-3)
+        x, ox = make(4)
+        with mesh.join(x, ox, **kept) as first:
+            assert (first.steps, first.statistics().samples) == (info.step, info.samples)
+            assert first.statistics().began == "again"
+            assert torch.equal(values(x), values(saved))
+            assert int(x[1].num_batches_tracked) == info.step
+            key = state.state[saved[0].weight]["m"]
+            assert torch.equal(ox.state[x[0].weight]["m"], key)
+            second.wait_for_peers(1, timeout=10)
+            until(lambda: together(first, x, second, y), "both hold one model")
+            middle = (values(saved) + theirs) / 2
+            assert torch.allclose(mesh_weights(first, x), middle, atol=1e-4)
+            train(first, x, ox, 3)
+        assert mesh.load(path, *make(5)).step == info.step + 3, "the last step is in the last one"
+
+
+def mesh_weights(node, model):
+    with node.averaged():
+        return values(model).clone()
+
+
+def together(first, x, second, y):
+    return torch.allclose(mesh_weights(first, x), mesh_weights(second, y), atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- without any node
+
+
+def write(keeper, step):
+    keeper.step(step=step, **FIGURES)
+
+
+def test_a_full_disk_is_told_once_and_the_next_checkpoint_is_tried(tmp_path, monkeypatch, caplog):
+    model, optimizer = make(1)
+    keeper = Keeper(model, optimizer, Autosave(tmp_path, "toy", 0.0))
+    tries, full = [], True
+
+    def may_fail(path, about, tensors):
+        tries.append(about["step"])
+        if full:
+            raise mesh.MeshError("cannot write toy.json: No space left on device")
+
+    monkeypatch.setattr(autosave, "write_generation", may_fail)
+
+    def written(step):
+        write(keeper, step)
+        return tries[-1:] == [step]
+
+    with caplog.at_level(logging.WARNING, "mesh"):
+        for step in (1, 2, 3):
+            until(lambda step=step: written(step), "a try")
+        full = False
+        until(lambda: written(4), "a try")
+        keeper.close()
+    assert caplog.text.count("No space left on device: the checkpoint before stays") == 1
+    assert caplog.text.count("checkpoints are written again") == 1
+
+
+def test_checkpoints_are_as_far_apart_as_asked(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(autosave.time, "monotonic", lambda: now)
+    saver = Autosave(tmp_path, "toy", 60.0)
+    assert not saver.due()
+    now = 161.0
+    assert saver.due()
+    saver.start(snapshot(*make(1), step=1, **FIGURES))
+    saver.finish(None)
+    assert not saver.due()
+    now = 221.5
+    assert saver.due()
+
+
+HOLD = "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX); print(1,flush=True); input()"
+
+
+def test_two_trainings_do_not_keep_their_checkpoints_in_one_file(tmp_path):
+    first = Autosave(tmp_path, "toy", 60.0)
+    first.close()
+    path = first.path.with_suffix(".lock")
+    command = [sys.executable, "-S", "-c", HOLD, path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(mesh.UsageError, match="another training of run 'toy' keeps"):
+            Autosave(tmp_path, "toy", 60.0)
+        Autosave(tmp_path, "another", 60.0).close()
+        other.kill()
+    Autosave(tmp_path, "toy", 60.0).close()
+
+
+def test_a_run_of_any_name_has_a_file_and_a_file_of_another_run_is_told(tmp_path):
+    names = ("toy", "a/b", "..", "a b", "äöü", "x" * 64, "_" * 64, "a_b")
+    savers = [Autosave(tmp_path, name, 60.0) for name in names]
+    assert len({saver.path for saver in savers}) == len(names)
+    assert all(saver.path.parent == tmp_path for saver in savers)
+    savers[0].finish(snapshot(*make(1), step=1, **{**FIGURES, "run": "other"}))
+    with pytest.raises(mesh.UsageError, match="is of run 'other', not 'toy'"):
+        savers[0].resume(*make(1))
+    assert savers[1].resume(*make(1)) is None
+    with pytest.raises(mesh.MeshError, match="choose another with checkpoint="):
+        Autosave(savers[0].path, "toy", 60.0)
+
+
+def test_a_merge_after_an_absence_says_nothing_of_momentum():
+    model, optimizer = make(1)
+    keeper = Keeper(model, optimizer, None)
+    first, again = object(), object()
+    keeper.attached(first)
+    weight = model[0].weight
+
+    def momentum_after(session, moved_by):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        before = optimizer.state[weight]["m"].clone()
+        with torch.no_grad():
+            weight.add_(moved_by)
+        keeper.merged(session)
+        return float((optimizer.state[weight]["m"] - before).abs().max())
+
+    assert 0 < momentum_after(first, 0.01) < 1
+    assert momentum_after(again, 1000.0) == 0, "all that the mesh did while the node was gone"
+    assert 0 < momentum_after(again, 0.01) < 1
