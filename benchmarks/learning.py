@@ -309,9 +309,9 @@ def main() -> int:
     seeds = SEEDS[:1] if flags.quick else SEEDS
     jobs = [
         Job(row=row, split=split, seed=seed, rate=rate_of(row, split), steps=steps)
+        for seed in seeds
         for row in rows
         for split in SPLITS
-        for seed in seeds
     ]
     found = all_of(jobs)
     lines = [

@@ -101,6 +101,12 @@ RATES: dict[tuple[str, str], float] = {
     ("pair, every 8", "dirichlet"): 0.8,  # 0.1:0.3661 0.2:0.2557 0.4:0.1871 0.8:0.1393
     ("pair, every 16", "iid"): 0.8,  # 0.1:0.1260 0.2:0.0826 0.4:0.0552 0.8:0.0368
     ("pair, every 16", "dirichlet"): 0.8,  # 0.1:0.4317 0.2:0.3147 0.4:0.2347 0.8:0.2125
+    ("outer, every 25", "iid"): 0.4,
+    ("outer, every 25", "dirichlet"): 0.4,
+    ("2 of 16 flip their sign: clip", "iid"): 0.4,
+    ("2 of 16 flip their sign: clip", "dirichlet"): 0.2,
+    ("pair + quasi-global momentum, every 8", "iid"): 0.2,
+    ("pair + quasi-global momentum, every 8", "dirichlet"): 0.2,
 }
 """(row, split) -> rate, as --tune prints them; rows that are not here take RATE."""
 
