@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mesh.attachment import Statistics
     from mesh.checkpoint import CheckpointInfo, load
     from mesh.client import RunningNode, ask, find_node, question, running_nodes
+    from mesh.diagnosis import earlier_peers, look_around
     from mesh.errors import (
         IdentityError,
         MeshError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from mesh.identity import (
+        Identity,
+        check_identity,
         create_mesh,
         is_member,
         join_mesh,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from mesh.settings import NodeSettings, parse_address
     from mesh.simulated_script import simulate_script
     from mesh.simulation import SimulationReport, simulate_faults
+    from mesh.surroundings import Announcement, Interface, Outcome, Surroundings
     from mesh.training import JoinedNode, join
 
 __version__ = "0.1.0"
@@ -63,6 +67,14 @@ _HOMES = {
     "QuasiGlobalSGD": "momentum",
     "read_token": "identity",
     "rename": "identity",
+    "check_identity": "identity",
+    "Identity": "identity",
+    "earlier_peers": "diagnosis",
+    "look_around": "diagnosis",
+    "Announcement": "surroundings",
+    "Interface": "surroundings",
+    "Outcome": "surroundings",
+    "Surroundings": "surroundings",
     "ask": "client",
     "find_node": "client",
     "question": "client",
@@ -91,8 +103,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Announcement",
     "CheckpointInfo",
+    "Identity",
     "IdentityError",
+    "Interface",
     "JoinedNode",
     "LearningReport",
     "MeshError",
@@ -101,6 +116,7 @@ __all__ = [
     "NodeRefused",
     "NodeSettings",
     "NodeTimeout",
+    "Outcome",
     "PeersMissing",
     "PullProgress",
     "PulledModel",
@@ -109,15 +125,19 @@ __all__ = [
     "ScriptFailed",
     "SimulationReport",
     "Statistics",
+    "Surroundings",
     "UsageError",
     "ask",
+    "check_identity",
     "create_mesh",
+    "earlier_peers",
     "find_node",
     "is_member",
     "join",
     "join_mesh",
     "leave_mesh",
     "load",
+    "look_around",
     "make_mesh_if_none",
     "parse_address",
     "pull_model",

@@ -17,54 +17,33 @@ from typing import Any, Final, NamedTuple
 import trio
 
 from mesh import bench, records, report
+from mesh.arguments import PAGE_LIMIT, WITHIN_LIMIT_S, Request, arguments, between, plain
 from mesh.core import events as ev
 from mesh.core.messages import Member, State, short
 from mesh.errors import MeshError, NodeRefused, UsageError
 from mesh.history import POINTS_LIMIT
-from mesh.journal import EVENTS_KEPT, EXCHANGES_KEPT
 from mesh.node import Node
 from mesh.runs import Run
 
-Request = dict[str, Any]
 Tell = Callable[[dict[str, Any]], Awaitable[None]]
 """Hears how far a long operation came; the local socket passes it on."""
 
 EXITS_KEPT: Final = 16
-PAGE_LIMIT: Final = EVENTS_KEPT + EXCHANGES_KEPT
-WAIT_LIMIT_S: Final = 20.0
-"""How long a follower's question may wait for news."""
-
 WITHIN_S: Final = 4.0
 """For an answer through the mesh; under the 5 s in which `mesh` gives up on a node of this machine."""
 
-WITHIN_LIMIT_S: Final = 120.0
 PING_COUNT: Final = 5
-PING_LIMIT: Final = 100
 PING_S: Final = 2.0
 PING_PAUSE_S: Final = 0.1
 BENCH_BYTES: Final = 64 * 1024 * 1024
 BENCH_S: Final = 10.0
-EVERY_LIMIT: Final = 1_000_000
-
-NUMBERS: Final[dict[str, tuple[float, float]]] = {
-    "since": (0, 2**63),
-    "limit": (1, PAGE_LIMIT),
-    "points": (2, POINTS_LIMIT),
-    "count": (1, PING_LIMIT),
-    "bytes": (1, bench.BYTES_LIMIT),
-    "every": (1, EVERY_LIMIT),
-}
-SECONDS: Final[dict[str, tuple[float, float]]] = {
-    "wait_s": (0.0, WAIT_LIMIT_S),
-    "seconds": (0.1, bench.SECONDS_LIMIT),
-}
-TEXTS: Final = ("run", "target")
-"""All arguments there are: whole numbers, seconds, names."""
 
 
 class Operation(NamedTuple):
     act: Callable[[Request, Tell], Awaitable[dict[str, Any]]]
     write: bool = False
+    ends: bool = False
+    """the node stops, once its answer is out"""
 
 
 class Answers:
@@ -98,7 +77,7 @@ class Answers:
             "pause": Operation(self._pause, write=True),
             "resume": Operation(self._resume, write=True),
             "set": Operation(self._set, write=True),
-            "leave": Operation(self._leave, write=True),
+            "leave": Operation(self._leave, write=True, ends=True),
         }
         node.desk.answerer = self.answer_peer
 
@@ -109,11 +88,15 @@ class Answers:
             member = self.member(name)
             if member.node != self._node.id:
                 return await self._forward(member, request)
-        return {"ok": True, **await self._operation(request).act(_arguments(request), tell)}
+        operation = self._operation(request)
+        answer = {"ok": True, **await operation.act(arguments(request), tell)}
+        if operation.ends:
+            self._stop()
+        return answer
 
     async def answer_peer(self, question: ev.Perform) -> str:
         """Another member asks."""
-        request: Request = {a.name: _plain(a.name, a.value) for a in question.arguments}
+        request: Request = {a.name: plain(a.name, a.value) for a in question.arguments}
         try:
             operation = self._operation({"op": question.op})
             if operation.write and not self._allow_control:
@@ -124,7 +107,9 @@ class Answers:
             if operation.write:
                 asker = self._node.name_of(question.asker)
                 self._node.journal.record("control", f"{asker} asks: {question.op}")
-            answer = {"ok": True, **await operation.act(_arguments(request), _nobody)}
+            answer = {"ok": True, **await operation.act(arguments(request), _nobody)}
+            if operation.ends:
+                self._node.desk.afterwards = self._stop
         except MeshError as error:
             answer = failure(error)
         return json.dumps(answer, allow_nan=False)
@@ -153,11 +138,11 @@ class Answers:
 
     async def _forward(self, member: Member, request: Request) -> str:
         self._operation(request)
-        arguments = _arguments(request)
-        within_s = _between(request, "within_s", WITHIN_S, 0.1, WITHIN_LIMIT_S)
+        given = arguments(request)
+        within_s = between(request, "within_s", WITHIN_S, 0.1, WITHIN_LIMIT_S)
         op = str(request["op"])
         try:
-            told = await self._node.desk.ask(member.node, op, arguments, within_s)
+            told = await self._node.desk.ask(member.node, op, given, within_s)
         except MeshError as error:
             raise type(error)(f"{member.name}: {error}") from None
         return told.text
@@ -317,7 +302,6 @@ class Answers:
         return {**self._done("set", runs), "every": every}
 
     async def _leave(self, request: Request, tell: Tell) -> dict[str, Any]:
-        self._stop()
         return self._done("leave", [])
 
     def _meant(self, request: Request) -> list[Run]:
@@ -347,42 +331,6 @@ def failure(error: Exception) -> dict[str, Any]:
 
 async def _nobody(progress: dict[str, Any]) -> None:
     pass
-
-
-def _plain(name: str, value: str) -> object:
-    """An argument that came as text; what is none stays text, and is refused as such."""
-    try:
-        return int(value) if name in NUMBERS else float(value) if name in SECONDS else value
-    except ValueError:
-        return value
-
-
-def _arguments(request: Request) -> Request:
-    """Those of a request that are known, checked. Raises UsageError."""
-    found: Request = {}
-    for name, (low, high) in NUMBERS.items():
-        if name in request:
-            value = request[name]
-            if type(value) is not int or not low <= value <= high:
-                raise UsageError(f"{name} is a whole number of {low:g}..{high:g}")
-            found[name] = value
-    for name, (low, high) in SECONDS.items():
-        if name in request:
-            found[name] = _between(request, name, low, low, high)
-    for name in TEXTS:
-        if name in request:
-            value = request[name]
-            if not isinstance(value, str) or len(value) > 64 or not value.isprintable():
-                raise UsageError(f"{name} is a name of at most 64 characters")
-            found[name] = value
-    return found
-
-
-def _between(request: Request, name: str, default: float, low: float, high: float) -> float:
-    value = request.get(name, default)
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise UsageError(f"{name} is a number of {low:g}..{high:g}")
-    return float(value)
 
 
 def _spread(times: list[float] | tuple[float, ...]) -> dict[str, float | None]:

@@ -103,7 +103,7 @@ class Autosave:
             os.close(self._lock)
             self._lock = -1
 
-    def _write(self, about: dict[str, object], tensors: bytes) -> None:
+    def _write(self, about: dict[str, object], tensors: bytes | bytearray) -> None:
         try:
             write_generation(self.path, about, tensors)
         except MeshError as error:

@@ -19,7 +19,7 @@ import trio.lowlevel
 from mesh import wire
 from mesh.core.for_people import BenchBlock, BenchEcho
 from mesh.core.messages import Message, Refusal
-from mesh.errors import MeshError, RemoteProtocolError
+from mesh.errors import MeshError, RemoteProtocolError, first_of
 from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
 
@@ -75,12 +75,14 @@ async def measure(
     """
     times = await _round_trips(stream, reader, seconds * ROUND_TRIPS_SHARE, progress)
     half_s = seconds * (1 - ROUND_TRIPS_SHARE) / 2
-    sent, sent_s = await _blocks(
-        stream, reader, _Budget(total_bytes, half_s), out=True, progress=progress
-    )
-    received, received_s = await _blocks(
-        stream, reader, _Budget(total_bytes, half_s), out=False, progress=progress
-    )
+    ways: list[tuple[int, float]] = []
+    for out in (True, False):
+        budget = _Budget(total_bytes, half_s)
+        try:
+            ways.append(await _blocks(stream, reader, budget, out=out, progress=progress))
+        except* MeshError as group:
+            raise first_of(group) from None
+    (sent, sent_s), (received, received_s) = ways
     return BenchResult(
         times_s=tuple(times),
         sent_bytes=sent,

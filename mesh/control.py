@@ -20,7 +20,8 @@ from typing import Any, Final, Protocol
 import trio
 
 from mesh import report
-from mesh.answers import Answers, Request, failure
+from mesh.answers import Answers, failure
+from mesh.arguments import Request
 from mesh.codec import EXACT, check_codec
 from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry

@@ -51,6 +51,8 @@ class Desk:
         self._open: dict[int, _Open] = {}
         self.answerer: Answerer | None = None
         """answers what other nodes ask; without one they are told that nobody does"""
+        self.afterwards: Callable[[], None] | None = None
+        """called when the answer that is being given is on its way"""
 
     async def ask(
         self, target: NodeId, op: str, arguments: Mapping[str, object], within_s: float
@@ -106,3 +108,5 @@ class Desk:
             text = await self.answerer(question)
         text = text if len(text) <= TEXT_LIMIT else TOO_LONG
         await self._emit(ev.Performed(asker=question.asker, number=question.number, text=text))
+        if self.afterwards is not None:
+            self.afterwards()

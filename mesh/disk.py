@@ -20,7 +20,7 @@ class Disk(Protocol):
     def read(self, path: Path) -> bytes:
         """All of a file."""
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes | bytearray) -> None:
         """Makes or empties a file that only its owner may read, and fills it. May fail half-way."""
 
     def sync(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class RealDisk:
     def read(self, path: Path) -> bytes:
         return path.read_bytes()
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes | bytearray) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "wb") as file:
             file.write(data)
@@ -68,7 +68,7 @@ class RealDisk:
 REAL_DISK: Final = RealDisk()
 
 
-def write_whole(path: Path, data: bytes, disk: Disk = REAL_DISK) -> None:
+def write_whole(path: Path, data: bytes | bytearray, disk: Disk = REAL_DISK) -> None:
     """Replaces a file, or leaves it as it was. Raises MeshError.
 
     Where only the last step failed (the directory's sync), the new file is in place, and after a

@@ -59,6 +59,9 @@ class PeersMissing(MeshError, TimeoutError):
 class StreamLost(MeshError):
     """A connection ended: reset, end of file, or no progress. What was in doubt can be resumed."""
 
+    errno: int = 0
+    """the operating system's number of what kept a connection from opening; 0: it opened"""
+
 
 class PeerTimeout(StreamLost):
     """A peer accepted a connection, then did not do its part in time."""

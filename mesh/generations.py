@@ -42,7 +42,7 @@ def generation_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_generation(
-    path: Path, about: dict[str, Any], tensors: bytes, disk: Disk = REAL_DISK
+    path: Path, about: dict[str, Any], tensors: bytes | bytearray, disk: Disk = REAL_DISK
 ) -> None:
     """Replaces what `path` (NAME.json) holds, or leaves it as it was. Raises MeshError."""
     whole_hash = hashlib.sha256(tensors).hexdigest()

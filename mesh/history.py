@@ -51,14 +51,13 @@ class Curve:
             self.interval_s *= 2
 
     def points(self, limit: int = POINTS_LIMIT) -> list[Point]:
-        """At most `limit` points, evenly chosen, the newest among them."""
+        """At most `limit` points (2 or more), evenly chosen, the first and the newest among them."""
         points = [*self._points]
         if self._newest is not None and points[-1] is not self._newest:
             points.append(self._newest)
         if len(points) > limit:
             last = len(points) - 1
-            points = [points[round(i * last / max(1, limit - 1))] for i in range(1, limit)]
-            points.append(self._newest or points[-1])
+            points = [points[round(i * last / (limit - 1))] for i in range(limit)]
         return points
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -193,6 +193,31 @@ def load(state: Path) -> Identity:
         )
     except (OSError, KeyError, MeshError, *UNREADABLE) as error:
         raise _damaged(state, error) from None
+
+
+def check_identity(state: Path) -> Identity:
+    """load(), and whether the papers belong together. Raises IdentityError with what does not."""
+    identity = load(state)
+    try:
+        authority = x509.load_pem_x509_certificate((state / "ca.pem").read_bytes())
+        own = x509.load_pem_x509_certificate((state / "node.pem").read_bytes())
+    except (OSError, *UNREADABLE) as error:
+        raise _damaged(state, error) from None
+    found = _node_id(authority.public_key())[:8]
+    if found != identity.mesh:
+        raise IdentityError(
+            f"the authority in {state} is that of mesh {found}, not of {identity.mesh}: "
+            "`mesh leave`, then `mesh join TOKEN`"
+        )
+    try:
+        own.verify_directly_issued_by(authority)
+    except (InvalidSignature, *UNREADABLE):
+        raise IdentityError(
+            f"this node's certificate is one of another mesh than {identity.mesh}: "
+            "`mesh leave`, then `mesh join TOKEN`"
+        ) from None
+    identity.context(server=True)  # the key belongs to the certificate
+    return identity
 
 
 def _damaged(state: Path, error: Exception) -> IdentityError:

@@ -25,7 +25,7 @@ from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import FrameReader
 from mesh.links import Peer
 from mesh.net.transport import Stream
-from mesh.runs import Run
+from mesh.runs import Run, Totals
 
 ATTEMPTS: Final = 3
 """Connections that may break in a row without one delta, before others get their turn."""
@@ -57,6 +57,7 @@ class Initiator:
         self._emit = emit
         self._info_of = info_of
         self._refused = refused
+        self.totals = Totals()
         self._idle: dict[NodeId, tuple[Stream, FrameReader]] = {}
         """the one that was used longest ago comes first"""
         self._scopes: dict[NodeId, list[trio.CancelScope]] = {}
@@ -84,6 +85,8 @@ class Initiator:
         finally:
             run.current, run.taken = None, run.taken[:0].copy()  # a copy: the buffer goes
         self._count(run, record, outcome)
+        duration_s = trio.current_time() - began
+        self.totals.exchanges[outcome].add(duration_s)
         if self._runs.get(start.run) is run:
             await self._emit(
                 ev.ExchangeEnded(
@@ -92,7 +95,7 @@ class Initiator:
                     pull=start.pull,
                     outcome=outcome,
                     reason=reason,
-                    duration_s=trio.current_time() - began,
+                    duration_s=duration_s,
                     square_distance=record.square_distance,
                     square_norm=run.replica.square_norm(),
                     clip=record.clip,

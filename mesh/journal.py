@@ -234,7 +234,11 @@ class Journal:
 
 
 REFUSALS: Final = {
-    "tls": "a connection without a certificate of this mesh",
+    "certificate": "a connection without a certificate of this mesh",
+    "tls": "a connection that does not speak TLS as we do",
+    "timeout": "a connection that did not say who it is in time",
+    "crowded": "a connection: too many are opening from there",
+    "record": "a bulk record that is not genuine",
     "protocol": "a peer that broke a rule of the protocol",
     "schema": "an exchange: the schema differs",
     "non_finite": "numbers that are not finite",

@@ -28,8 +28,8 @@ from mesh.control import Control
 from mesh.errors import first_of
 from mesh.learning_report import Curve, Look
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather
+from mesh.program_state import ProgramState
 from mesh.simulated_mesh import address_of, node_id
-from mesh.surroundings import Surroundings
 from mesh.tensors import Tensors
 from mesh.virtual_link import VirtualLines, VirtualLink
 from mesh.virtual_machine import Machine, flat_of, mean_of
@@ -64,8 +64,8 @@ class Laboratory:
         self.began_at = 0.0
         """when the first step was made, in virtual seconds"""
         self._work = work
-        self._main = Surroundings.of_this_moment()
-        self._now_in: Surroundings = self._main
+        self._main = ProgramState.of_this_moment()
+        self._now_in: ProgramState = self._main
         self.error: BaseException | None = None
         self._living = 0
         self._over = trio.Event()
@@ -127,7 +127,7 @@ class Laboratory:
             speed=speeds[rank - 1] * len(speeds) / sum(speeds) if speeds else 1.0,
             rng=Random(seed),
             program=Program(lambda: self._work(self, machine), f"rank {rank}"),
-            surroundings=self._main.seeded(seed),
+            state=self._main.seeded(seed),
             steps_left=steps_left,
         )
         self.machines.append(machine)
@@ -176,7 +176,7 @@ class Laboratory:
         """Passes the baton to and fro until the program ends."""
         answer = None
         while True:
-            self._surround(machine.surroundings)
+            self._surround(machine.state)
             question = machine.program.resume(answer)
             for lines in machine.lines:
                 lines.delivered()
@@ -189,7 +189,7 @@ class Laboratory:
             self._over.set()
 
     def _stop(self, machine: Machine) -> None:
-        self._surround(machine.surroundings)
+        self._surround(machine.state)
         machine.program.stop()
         machine.tensors = None
         for lines in machine.lines:
@@ -197,7 +197,7 @@ class Laboratory:
                 os.close(descriptor)
             lines.descriptors.clear()
 
-    def _surround(self, by: Surroundings) -> None:
+    def _surround(self, by: ProgramState) -> None:
         if by is not self._now_in:
             self._now_in.leave()
             by.enter()

@@ -29,6 +29,7 @@ from mesh.errors import (
     NotFinite,
     UsageError,
 )
+from mesh.inbox import Inbox
 from mesh.initiator import Initiator
 from mesh.journal import Journal
 from mesh.links import Links, Peer
@@ -37,7 +38,7 @@ from mesh.observer import Observer
 from mesh.replica import Replica
 from mesh.responder import Responder
 from mesh.run_statistics import RunStatistics, run_statistics
-from mesh.runs import Run, RunSpec, Tell, make_run
+from mesh.runs import Run, RunSpec, Tell, Totals, make_run
 
 INBOX_LIMIT: Final = 1024
 """Events that may wait for the loop; whoever brings more waits itself."""
@@ -53,6 +54,7 @@ class NodeStatistics:
     refused: dict[str, int]
     dropped: int
     notes: tuple[str, ...]
+    totals: Totals
 
 
 class Node:
@@ -83,15 +85,15 @@ class Node:
         self._note = note
         self._codecs = make_codecs(rng)
         self._protocol = MeshProtocol(first_row(node, name, incarnation, ()), rng)
-        self._put, self._take = trio.open_memory_channel[ev.Event](INBOX_LIMIT)
-        self._links = Links(self._put.send)
+        self._inbox = Inbox[ev.Event](INBOX_LIMIT)
+        self._links = Links(self._inbox.send)
         self._doors = Doors(
             transport,
             self._links,
             name=name,
             instance=instance,
             own=lambda: self._protocol.own,
-            emit=self._put.send,
+            emit=self._inbox.send,
             refused=self.count_refused,
         )
         self._runs: dict[str, Run] = {}
@@ -99,14 +101,14 @@ class Node:
         self._initiator = Initiator(
             self._runs,
             connect=self._doors.connect_bulk,
-            emit=self._put.send,
+            emit=self._inbox.send,
             info_of=info_of,
             refused=refused,
         )
         self._responder = Responder(
             node,
             self._runs,
-            emit=self._put.send,
+            emit=self._inbox.send,
             info_of=info_of,
             out_of_turn=self._protocol.out_of_turn,
             refused=refused,
@@ -115,7 +117,7 @@ class Node:
         self._doors.answer_bulk = self._responder.answer
         self._nursery: trio.Nursery | None = None
         self.journal = Journal(self._protocol.name_of)
-        self.desk = Desk(self._put.send, rng)
+        self.desk = Desk(self._inbox.send, rng)
         self._started_at = 0.0
         self.addresses: tuple[Address, ...] = ()
         self.listening = trio.Event()
@@ -164,6 +166,7 @@ class Node:
             refused=dict(self._links.refused),
             dropped=self._links.dropped,
             notes=self.journal.notes,
+            totals=self._initiator.totals,
         )
 
     def members(self) -> tuple[Member, ...]:
@@ -203,7 +206,7 @@ class Node:
             if isinstance(error, NotFinite):
                 raise UsageError(f"{error}; nothing was shared") from None
             raise
-        await self._put.send(
+        await self._inbox.send(
             ev.RunAttached(
                 run=spec.run,
                 schema=spec.schema,
@@ -224,7 +227,7 @@ class Node:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""
         if self._runs.get(run.name) is run:
             figures = self.journal.posted(run)
-            await self._put.send(ev.Posted(run=run.name, waits=waits, figures=figures))
+            await self._inbox.send(ev.Posted(run=run.name, waits=waits, figures=figures))
 
     async def detach(self, run: Run) -> None:
         """Drops a run; the node stays."""
@@ -234,6 +237,7 @@ class Node:
             # for this run may reach the next one.
             await self._send_and_wait(ev.RunDetached(run=run.name))
             del self._runs[run.name]
+            self._initiator.totals.run_ended(run.counters)
 
     @property
     def own(self) -> Member:
@@ -276,9 +280,7 @@ class Node:
 
     async def _next_event(self) -> ev.Event | None:
         """What happened next, or None when a deadline passed. The simulator stops a node here."""
-        with trio.move_on_at(self._protocol.next_deadline()):
-            return await self._take.receive()
-        return None
+        return await self._inbox.receive(self._protocol.next_deadline())
 
     async def _turn(self) -> None:
         event = await self._next_event()
@@ -298,7 +300,7 @@ class Node:
         if self._ended:
             return
         self._awaited[id(event)] = handled = trio.Event()
-        await self._put.send(event)
+        await self._inbox.send(event)
         await handled.wait()
 
     def _perform(self, effect: ev.Effect) -> None:
@@ -362,6 +364,6 @@ class Node:
     def _offer_event(self, event: ev.Event) -> None:
         """For callers that cannot wait; what does not fit will be said again by its source."""
         try:
-            self._put.send_nowait(event)
+            self._inbox.send_nowait(event)
         except trio.WouldBlock:
             self._links.dropped += 1

@@ -199,10 +199,11 @@ class Observer:
         """Names, shapes and dtypes, from the first of a few that tells them. Raises MeshError."""
         reason = "nobody else holds it"
         for donor in donors[: 1 + SPARE_DONORS]:
-            try:
-                return await self._ask_schema(donor)
-            except MeshError as error:
-                reason = f"{donor.member.name}: {error}"
+            for _ in range(2):  # a connection that idled may be gone; the second one is new
+                try:
+                    return await self._ask_schema(donor)
+                except MeshError as error:
+                    reason = f"{donor.member.name}: {error}"
         raise MeshError(f"nobody tells the layers of this run: {reason}")
 
     async def _ask_schema(self, donor: Donor) -> tuple[SchemaEntry, ...]:
@@ -260,6 +261,7 @@ class _Pull:
         self._sources: list[str] = []
         """names of those that gave their whole replica, or its end"""
         self._clocks: list[float] = []
+        """of all that gave something"""
         self._lost: list[str] = []
         self._now = ""
         self._wanted = 0
@@ -309,12 +311,13 @@ class _Pull:
             pull=True,
             codec=EXACT,
         )
-        record.goes_on_at(self.mean.next)
+        record.goes_on_at(first := self.mean.next)
         info = RunInfo(run=run.name, schema=donor.info.schema, started=False, exchanged=False)
         outcome, reason = await self._initiator.observe(run, record, donor.member.addresses, info)
-        if outcome is Outcome.COMPLETED and record.clock_answer is not None:
-            self._sources.append(self._now)
+        if record.clock_answer is not None and record.applied > first:
             self._clocks.append(record.clock_answer)
+        if outcome is Outcome.COMPLETED:
+            self._sources.append(self._now)
         else:
             self._lost.append(f"{self._now}: {reason}")
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import SystemRandom
 from typing import Final
 
@@ -18,7 +18,7 @@ import trio
 from mesh.answers import Answers
 from mesh.control import Control, listen
 from mesh.core.address import Address
-from mesh.errors import MeshError, first_of
+from mesh.errors import MeshError, UsageError, first_of
 from mesh.identity import Identity, load, node_of, rename
 from mesh.memory import PEERS_KEPT, Memory
 from mesh.net.mdns import MdnsDiscovery
@@ -106,6 +106,7 @@ async def _main(
             await trio.sleep(LINGER_POLL_S)
         stop.set()
 
+    serve_metrics = await _open_metrics(settings.metrics, node, identity.mesh)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(obey_signals)
@@ -120,6 +121,7 @@ async def _main(
             nursery.start_soon(control.serve, listener)
             storage.announce(identity.node, identity.name, str(path))
             nursery.start_soon(_keep_memory, node, storage.memory)
+            nursery.start_soon(serve_metrics)
             say(_greeting(node, identity))
             await stop.wait()
             with trio.move_on_after(LEAVE_S):
@@ -128,6 +130,23 @@ async def _main(
     finally:
         path.unlink(missing_ok=True)
     return code
+
+
+async def _open_metrics(port: int | None, node: Node, mesh: str) -> Callable[[], Awaitable[None]]:
+    """Listens on `port`; returns what serves there. Raises UsageError. Loads nothing for None."""
+    if port is None:
+        return trio.lowlevel.checkpoint
+    try:
+        from mesh.metrics import Metrics
+    except ModuleNotFoundError as error:
+        if error.name != "prometheus_client":
+            raise
+        raise UsageError(
+            "--metrics needs prometheus-client: pip install 'gossipmesh[metrics]'"
+        ) from None
+    metrics = Metrics(node, mesh)
+    await metrics.listen(port)
+    return metrics.serve
 
 
 async def _first_of(*events: trio.Event) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from mesh import __version__
+from mesh.core.address import Address
 from mesh.core.messages import PROTOCOL, RunInfo
 from mesh.core.statistics import PeerStatistics
 from mesh.history import Rates
@@ -70,7 +71,7 @@ def status(
             "load": _number(load),
         },
         "mesh": {"id": mesh},
-        "health": _health(statistics),
+        "health": health(statistics),
         "peers": {
             kind: states.count(kind) for kind in ("alive", "suspect", "dead", "incompatible")
         },
@@ -134,11 +135,15 @@ def runs(statistics: NodeStatistics) -> dict[str, Any]:
     }
 
 
-def _health(statistics: NodeStatistics) -> list[str]:
+def health(statistics: NodeStatistics) -> list[str]:
     """Warnings, each with its cure; empty when all is well."""
     warnings = [
         f"peer {address}: {reason} (is `mesh up` running there, and its port open?)"
         for address, reason in statistics.protocol.unreached
+    ]
+    warnings += [
+        f"{name} seen by mDNS but TCP {_why(address, reason)} (firewall? run `mesh doctor`)"
+        for name, address, reason in statistics.protocol.undialled
     ]
     warnings += [
         f"{peer.name} is incompatible: {peer.reason}"
@@ -159,6 +164,14 @@ def _health(statistics: NodeStatistics) -> list[str]:
     if not statistics.protocol.own.addresses:
         warnings.append("no network address: waiting for an interface to come up")
     return warnings
+
+
+def _why(address: Address, reason: str) -> str:
+    """Why a dial failed, in a few words."""
+    for words in ("refused", "does not answer"):
+        if words in reason:
+            return f"{address} {words}"
+    return f"{address} fails: {reason.removeprefix(f'{address}: ')}"
 
 
 def _run(run: RunStatistics, statistics: NodeStatistics) -> dict[str, Any]:

@@ -6,9 +6,11 @@ loop its turn between two fragments, and of these only one is under way at a tim
 training would be handed half of one model and half of another. Exchanges go on meanwhile.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import add
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +19,7 @@ import trio
 from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
 from mesh.core.clock import MeshClock
-from mesh.core.events import Beginning
+from mesh.core.events import Beginning, Outcome
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
@@ -36,6 +38,13 @@ DISTANCES_KEPT: Final = 8
 PARTIAL_KEPT_S: Final = 60.0
 """For the next donor to be asked; after that the mesh has gone on too far for half a model of then
 and half of now."""
+
+BOUNDS_S: Final = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+"""Upper bounds by which durations are counted: a small model on a cable takes 2 ms, 400 MB over Wi-Fi
+half a minute."""
 
 Tell = Callable[[dict[str, Any]], None]
 """Puts one event into the training's queue; never waits."""
@@ -80,6 +89,34 @@ class Counters:
     non_finite: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
+
+
+@dataclass(slots=True)
+class Durations:
+    """How long things took, in memory that does not grow: how many fell under each of BOUNDS_S."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    """the last: longer than all bounds"""
+    total_s: float = 0.0
+
+    def add(self, duration_s: float) -> None:
+        self.counts[bisect_left(BOUNDS_S, duration_s)] += 1
+        self.total_s += duration_s
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a node did since it started, whatever became of its runs."""
+
+    ended: Counters = field(default_factory=Counters)
+    """of all runs that ended"""
+    exchanges: dict[Outcome, Durations] = field(
+        default_factory=lambda: {outcome: Durations() for outcome in Outcome}
+    )
+    """those that this node began"""
+
+    def run_ended(self, counters: Counters) -> None:
+        self.ended = Counters(*map(add, astuple(self.ended), astuple(counters)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ class Session:
         """the offer in hand is not in the model yet"""
         self.peers = 0
         """peers that the run could be averaged with at the last offer"""
+        self.every: int | None = None
+        """steps between hand-overs, where `mesh set every=` changed it"""
         self._wanted = False
         self._meets = 0
 
@@ -119,6 +121,7 @@ class Session:
                     self.holding, self.fresh, self._wanted = True, True, False
                     self.peers = int(event["peers"])
                     self._clock.steps = float(event["clock"])
+                    self.every = event.get("every")
                 case "diverged":
                     logger.warning(
                         "the weights are not finite at step %s: they are not shared; "

@@ -54,6 +54,7 @@ class NodeSettings:
     mdns: announce this node and look for others.
     peers: addresses to dial for ever, beside what mDNS finds.
     allow_control: other members may pause, resume, set and stop what runs here, through the mesh.
+    metrics: port of 127.0.0.1 that serves figures to Prometheus; default none.
     """
 
     state: Path = field(default_factory=state_directory)
@@ -63,12 +64,14 @@ class NodeSettings:
     mdns: bool = True
     peers: tuple[Address, ...] = ()
     allow_control: bool = False
+    metrics: int | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
             check_name(self.name)
-        if self.port is not None and not 0 < self.port < 65536:
-            raise UsageError(f"port {self.port}: a port is 1..65535")
+        for port in (self.port, self.metrics):
+            if port is not None and not 0 < port < 65536:
+                raise UsageError(f"port {port}: a port is 1..65535")
         if len(self.interfaces) > INTERFACES_LIMIT or len(self.peers) > PEERS_LIMIT:
             raise UsageError(f"at most {INTERFACES_LIMIT} interfaces and {PEERS_LIMIT} peers")
 
@@ -90,6 +93,7 @@ class NodeSettings:
                 mdns=bool(about["mdns"]),
                 peers=tuple(parse_address(peer) for peer in about["peers"]),
                 allow_control=bool(about.get("allow_control", False)),
+                metrics=about["metrics"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"not the settings of a node: {error}") from None

@@ -66,13 +66,13 @@ class SimulatedDisk:
         self._may_fail("read")
         return self._file(path).seen
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes | bytearray) -> None:
         error = self.faults("write") if self.faults is not None else None
         file = self._seen.setdefault(path, _File())
         if error is not None:
-            file.seen = data[: self._rng.randint(0, len(data))]
+            file.seen = bytes(data[: self._rng.randint(0, len(data))])
             raise error
-        file.seen = data
+        file.seen = bytes(data)
 
     def sync(self, path: Path) -> None:
         self._may_fail("sync")

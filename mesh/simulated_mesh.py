@@ -76,13 +76,15 @@ def _store(memory: Memory, unused: int) -> None:
 
 async def _remember(node: SimulatedNode, memory: Memory) -> None:
     """As mesh/process.py does: where peers are, for a start without mDNS."""
+    written: list[Address] = []
     while True:
         await trio.sleep(REMEMBER_S)
         found = node.living_addresses(PEERS_KEPT)
         with contextlib.suppress(MeshError):
             memory.catch_up()
-            if found:
+            if found and found != written:
                 memory.store_peers(found)
+                written = found
 
 
 @dataclass(slots=True)

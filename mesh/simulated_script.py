@@ -63,7 +63,7 @@ def simulate_script(
     def work(laboratory: Laboratory, machine: Machine) -> None:
         module = _module(path)
         names = {"{rank}": str(machine.rank), "{nodes}": str(nodes)}
-        _surround(machine, module, [str(path), *(_filled(text, names) for text in arguments)], said)
+        _set_up(machine, module, [str(path), *(_filled(text, names) for text in arguments)], said)
         assert module.__spec__ is not None
         assert module.__spec__.loader is not None
         if evaluate is not None and not functions:
@@ -112,10 +112,10 @@ def _function(module: ModuleType, name: str) -> Callable[[Any], float]:
     return found  # type: ignore[no-any-return]
 
 
-def _surround(
+def _set_up(
     machine: Machine, module: ModuleType, argv: list[str], said: Callable[[int, str], None]
 ) -> None:
-    """Puts the script's surroundings in place, for its first turn, which is now."""
+    """What is the script's own, from its first turn on, which is now."""
     outside, errors = sys.stdout, sys.stderr
 
     def hear(line: str) -> None:
@@ -123,10 +123,10 @@ def _surround(
             said(machine.rank, line)  # which may print, and means the screen
 
     out = _Said(hear)
-    surroundings = machine.surroundings
-    surroundings.main, surroundings.argv = module, argv
-    surroundings.out = surroundings.err = out
-    surroundings.enter()
+    state = machine.state
+    state.main, state.argv = module, argv
+    state.out = state.err = out
+    state.enter()
 
 
 class _Said(io.TextIOWrapper):

@@ -60,9 +60,8 @@ def join(
 ) -> "JoinedNode":
     """Attaches this training to the machine's node, or starts one for its lifetime.
 
-    Returns when the model holds its first weights: those of the mesh where somebody trains `run`
-    already, its own after `sync_timeout` seconds where nobody does. Use as a context manager, then
-    call step() after each optimizer step.
+    Returns when the model holds its first weights: those of the mesh where somebody trains `run`, its
+    own after `sync_timeout` s where nobody does. A context manager: step() after each optimizer step.
 
     model: what is averaged: every floating-point entry of its state dict, of any precision, tied
         weights once; integer and bool buffers stay local.
@@ -73,27 +72,23 @@ def join(
     every: steps between hand-overs, by default 8 (50 for "outer"); fewer for small batches and
         uneven data.
     weight: this node's part in the average (FedAvg: its number of samples).
-    patience: seconds that a hand-over may wait for its exchange; 0 never waits.
-    codec: how this node writes numbers in the exchanges it begins: "f32" exactly; "bf16" in half the
-        bytes; "int8" in a quarter of them, rounded by chance. Nodes of one run may differ.
-    checkpoint: a directory of this machine's own; a checkpoint of the run in it is resumed from, so
-        that a script that crashed goes on: its loop begins at node.steps.
-    checkpoint_every: seconds between two checkpoints, or more; the last is written by close().
+    patience: seconds that a hand-over may wait for its exchange; 0: never.
+    codec: how numbers travel in the exchanges that this node begins: "f32" exactly; "bf16" in half
+        the bytes; "int8" in a quarter, rounded by chance. Nodes of one run may differ.
+    checkpoint: a directory; where it holds a checkpoint of the run, this training goes on from it: a
+        script's loop begins at node.steps.
+    checkpoint_every: seconds between two of them; close() writes the last.
     state, settings: which node; default $MESH_STATE, else the user's own.
 
-    Raises UsageError (what to change is in the message) or MeshError.
+    Raises UsageError (it says what to change) or MeshError.
     """
     run = run or Path(sys.argv[0] or "default").stem[:64] or "default"
     every = usual_every(strategy) if every is None else every
+    check_strategy(strategy, weight)
     numbers = {"weight": weight, "patience": patience, "sync_timeout": sync_timeout}
     _check(every, {**numbers, "checkpoint_every": checkpoint_every})
-    check_strategy(strategy, weight)
-    tensors = Tensors(model)
-    check_optimizer(model, optimizer)
-    if tensors.has_batchnorm:
-        logger.warning(batchnorm.ADVICE)
-    if settings is None:
-        settings = NodeSettings(state=Path(state)) if state is not None else NodeSettings()
+    tensors = _tensors_of(model, optimizer)
+    settings = settings or (NodeSettings(state=Path(state)) if state else NodeSettings())
     request = {
         "run": run,
         "schema": tensors.schema(),
@@ -110,10 +105,18 @@ def join(
         keeper = Keeper(model, optimizer, autosave)
         attachment = ATTACH.get()(tensors, settings, request, resumed=keeper.resumed)
     except BaseException:
-        if autosave is not None:
+        if autosave:
             autosave.close()
         raise
     return JoinedNode(model, tensors, attachment, keeper, every=every, patience=patience)
+
+
+def _tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Tensors:
+    tensors = Tensors(model)
+    check_optimizer(model, optimizer)
+    if tensors.has_batchnorm:
+        logger.warning(batchnorm.ADVICE)
+    return tensors
 
 
 def _check(every: int, numbers: dict[str, float]) -> None:
@@ -310,6 +313,7 @@ class JoinedNode:
         if not session.take_events(self._patience):
             session.want()
             return
+        self._every = session.every or self._every  # `mesh set every=`
         self._post(session, waits=self._patience > 0)
         if self._patience and session.take_events(self._patience):
             # It arrived before any step was made since the post: it is the model.

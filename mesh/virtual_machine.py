@@ -12,7 +12,7 @@ from mesh.baton import Program
 from mesh.codec import Floats
 from mesh.control import Control
 from mesh.learning_report import Curve
-from mesh.surroundings import Surroundings
+from mesh.program_state import ProgramState
 from mesh.tensors import Tensors
 from mesh.virtual_link import VirtualLines
 from mesh.virtual_node import LaboratoryNode
@@ -28,7 +28,7 @@ class Machine:
     speed: float
     rng: Random
     program: Program
-    surroundings: Surroundings
+    state: ProgramState
     steps_left: int | None
     node: LaboratoryNode | None = None
     answers: Answers | None = None

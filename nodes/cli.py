@@ -1,4 +1,4 @@
-"""The `mesh` command. The only home of argparse.
+"""The `mesh` command. Its flags are in flags.py; argparse is at home in these two.
 
 Rules: 1. Asking a running node imports neither torch, trio, numpy nor rich. 2. Data goes to standard
 output, everything else to standard error. 3. A user's mistake is one line that says what to do.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mesh
-from nodes import listing, questions
+from nodes import flags, listing, questions
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 EXITS = {"usage": 2, "no_node": 3, "unhealthy": 4, "timeout": 5, "refused": 6}
@@ -31,17 +31,8 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
-    act: Callable[[argparse.Namespace], int] = arguments.act
     try:
-        code = act(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
-        return code
-    except mesh.MeshError as error:
-        return _fail(error, error.code, error.hint, as_json=getattr(arguments, "json", False))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return execute(argv)
     except BrokenPipeError:
         # Somebody closed the pipe we print into (`mesh peers | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,6 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail(error)
+
+
+def execute(argv: Sequence[str] | None) -> int:
+    """The same for `mesh shell`, which goes on: OSError is left to the caller."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = _act(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
+        return code
+    except mesh.MeshError as error:
+        return _fail(error, error.code, error.hint, as_json=getattr(arguments, "json", False))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _act(arguments: argparse.Namespace) -> int:
+    act: Callable[[argparse.Namespace], int] = arguments.act
+    every_s = getattr(arguments, "watch", None)
+    if every_s is None:
+        return act(arguments)
+    from nodes import watch
+
+    return watch.repeat(lambda: act(arguments), every_s, as_json=arguments.json)
 
 
 def _fail(
@@ -76,179 +91,6 @@ def _parser() -> argparse.ArgumentParser:
         command.flags(sub)
         sub.set_defaults(act=command.act)
     return parser
-
-
-# ---------------------------------------------------------------------------------------- flags
-
-
-def _state_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--state",
-        metavar="DIR",
-        help="this node's state directory (default: $MESH_STATE, or yours)",
-    )
-
-
-def _identity_flags(parser: argparse.ArgumentParser) -> None:
-    _state_flag(parser)
-    parser.add_argument("--name", help="what this node is called (default: the host name)")
-
-
-def _join_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("token", metavar="TOKEN", help="the line that `mesh token` prints")
-    _identity_flags(parser)
-
-
-def _node_flags(parser: argparse.ArgumentParser) -> None:
-    _identity_flags(parser)
-    parser.add_argument("--port", type=int, help="listen on this port (default: 7710, or any)")
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="also dial this peer, for ever (repeatable)",
-    )
-    parser.add_argument(
-        "--interface",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="announce and listen on this network interface only (repeatable)",
-    )
-    parser.add_argument(
-        "--no-mdns", action="store_true", help="neither announce this node nor look for others"
-    )
-    parser.add_argument(
-        "--allow-control",
-        action="store_true",
-        help="other members may pause, resume, set and stop what runs here",
-    )
-
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    _node_flags(parser)
-    parser.add_argument("script", metavar="SCRIPT", help="a Python script that calls mesh.join()")
-    parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="for the script")
-
-
-def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-
-
-def _question_flags(parser: argparse.ArgumentParser) -> None:
-    _state_flag(parser)
-    parser.add_argument(
-        "-N",
-        "--node",
-        metavar="NAME",
-        help="which node: one of this machine, or any of the mesh, asked through it",
-    )
-    _json_flag(parser)
-
-
-def _peers_flags(parser: argparse.ArgumentParser) -> None:
-    _question_flags(parser)
-    parser.add_argument(
-        "-o", dest="wide", choices=("wide",), help="wide: also ids, samples/s and runs"
-    )
-
-
-def _list_flags(parser: argparse.ArgumentParser) -> None:
-    _question_flags(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as more happens")
-    parser.add_argument("--limit", type=int, metavar="COUNT", help="the last so many only")
-
-
-def _ping_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="NODE", help="a name, or the beginning of an id")
-    _question_flags(parser)
-    parser.add_argument("-c", "--count", type=int, default=5, help="how many (default 5)")
-
-
-def _bench_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="NODE", help="a name, or the beginning of an id")
-    _question_flags(parser)
-    parser.add_argument("--mb", type=float, default=64.0, help="to send each way (default 64)")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="after which it ends anyhow (default 10)"
-    )
-
-
-def _change_flags(parser: argparse.ArgumentParser) -> None:
-    _question_flags(parser)
-    parser.add_argument("--run", metavar="NAME", help="which run (default: all of that node)")
-
-
-def _set_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("setting", metavar="every=STEPS", help="steps between two hand-overs")
-    _change_flags(parser)
-
-
-def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long (default 30)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-
-
-def _pull_flags(parser: argparse.ArgumentParser) -> None:
-    _question_flags(parser)
-    parser.add_argument("--run", required=True, metavar="NAME", help="the training's name")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="the safetensors file to write"
-    )
-    parser.add_argument(
-        "--peers",
-        type=int,
-        default=3,
-        metavar="COUNT",
-        help="the mean of so many nodes' models; this one's own counts (default 3)",
-    )
-
-
-def _sim_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="COUNT", help="how many (default 1)"
-    )
-    parser.add_argument("-n", "--nodes", type=int, default=8, help="how many (default 8)")
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of virtual time under faults (default 4)"
-    )
-    parser.add_argument("--no-faults", action="store_true", help="nothing goes wrong")
-    parser.add_argument("--trace", action="store_true", help="print every event and effect")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument(
-        "--strategies", default="", metavar="A,B", help="run SCRIPT by each of them, side by side"
-    )
-    parser.add_argument(
-        "--evaluate", metavar="NAME", help="a function of SCRIPT: evaluate(model) -> accuracy"
-    )
-    parser.add_argument("-o", "--out", metavar="FILE", help="draw SCRIPT's curves (matplotlib)")
-    parser.add_argument(
-        "script",
-        metavar="SCRIPT",
-        nargs="?",
-        help="train this script on the virtual nodes, without faults, instead",
-    )
-    parser.add_argument(
-        "args",
-        metavar="ARGS",
-        nargs=argparse.REMAINDER,
-        help="for SCRIPT; {rank} and {nodes} become each node's own",
-    )
-
-
-def _settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":
-    return mesh.NodeSettings(
-        state=mesh.state_directory(arguments.state),
-        name=arguments.name,
-        port=arguments.port,
-        interfaces=tuple(arguments.interface),
-        mdns=not arguments.no_mdns,
-        peers=tuple(mesh.parse_address(peer) for peer in arguments.peer),
-        allow_control=arguments.allow_control,
-    )
 
 
 # ------------------------------------------------------------------------------------- commands
@@ -290,13 +132,33 @@ def _leave(arguments: argparse.Namespace) -> int:
 def _up(arguments: argparse.Namespace) -> int:
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # as in mesh/__main__.py, before numpy is imported
-    return mesh.run_node(_settings(arguments))
+    return mesh.run_node(flags.settings(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from nodes import runner
 
-    return runner.run(_settings(arguments), arguments.script, arguments.args)
+    return runner.run(flags.settings(arguments), arguments.script, arguments.args)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from nodes import doctor
+
+    interfaces = tuple(arguments.interface)
+    return doctor.run(arguments.state, arguments.node, interfaces, as_json=arguments.json)
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    from nodes import service
+
+    match arguments.action:
+        case "install":
+            settings = flags.settings(arguments)
+            return service.install(settings, service.manager(), only_print=arguments.print)
+        case "uninstall":
+            return service.uninstall(service.manager())
+        case _:
+            return service.show(service.manager(), as_json=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -352,36 +214,107 @@ def _question(name: str) -> Callable[[argparse.Namespace], int]:
     return act
 
 
+def _version(arguments: argparse.Namespace) -> int:
+    from nodes import version
+
+    told = version.answer()
+    print(json.dumps(told) if arguments.json else version.draw(told))
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from nodes import completion, grammar
+
+    if arguments.shell == "names":
+        print("".join(f"{name}\n" for name in grammar.names()), end="")
+    else:
+        print(completion.script(arguments.shell, grammar.read(_parser())), end="")
+    return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from nodes import top
+
+    return top.run(
+        top.Order(
+            state=arguments.state,
+            node=arguments.node,
+            sort=arguments.sort,
+            every_s=arguments.every,
+            as_json=arguments.json,
+            svg=arguments.svg,
+        )
+    )
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from nodes import plot
+
+    return plot.run(
+        plot.Order(
+            state=arguments.state,
+            node=arguments.node,
+            run=arguments.run,
+            output=arguments.output,
+            as_json=arguments.json,
+        )
+    )
+
+
+def _shell(arguments: argparse.Namespace) -> int:
+    from nodes import grammar, repl
+
+    if arguments.python:
+        return repl.python(arguments.state, arguments.node)
+    given = {"--state": arguments.state, "--node": arguments.node}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    state = mesh.state_directory(arguments.state)
+    return repl.run(execute, grammar.read(_parser()), state, given)
+
+
 COMMANDS = {
-    "init": Command("make a new mesh with this machine in it", _identity_flags, _init),
-    "token": Command("print the token that lets a machine join", _state_flag, _token),
-    "join": Command("make this machine a member of a mesh", _join_flags, _join),
-    "up": Command("run this machine's node in the foreground", _node_flags, _up),
-    "run": Command("run a training script in the mesh", _run_flags, _run),
+    "init": Command("make a new mesh with this machine in it", flags.identity, _init),
+    "token": Command("print the token that lets a machine join", flags.state, _token),
+    "join": Command("make this machine a member of a mesh", flags.join, _join),
+    "up": Command("run this machine's node in the foreground", flags.up, _up),
+    "run": Command("run a training script in the mesh", flags.run, _run),
     "leave": Command(
         "stop this machine's node and forget its mesh; with -N only stop that node",
-        _question_flags,
+        flags.question,
         _leave,
     ),
-    "pull": Command("write the current model of a run to a file", _pull_flags, _pull),
-    "status": Command("how a node is", _question_flags, _question("status")),
+    "pull": Command("write the current model of a run to a file", flags.pull, _pull),
+    "status": Command("how a node is", flags.repeated, _question("status")),
     "peers": Command(
-        "the other nodes, and why some cannot be used", _peers_flags, _question("peers")
+        "the other nodes, and why some cannot be used", flags.peers, _question("peers")
     ),
-    "runs": Command("what is trained in the mesh, and where", _question_flags, _question("runs")),
-    "events": Command("what happened to a node", _list_flags, _question("events")),
-    "logs": Command("what a node printed", _list_flags, _question("logs")),
-    "ping": Command("round trips to another node", _ping_flags, _question("ping")),
+    "runs": Command("what is trained in the mesh, and where", flags.repeated, _question("runs")),
+    "events": Command("what happened to a node", flags.ring, _question("events")),
+    "logs": Command("what a node printed", flags.ring, _question("logs")),
+    "ping": Command("round trips to another node", flags.ping, _question("ping")),
     "bench": Command(
-        "how fast weights can travel to another node", _bench_flags, _question("bench")
+        "how fast weights can travel to another node", flags.bench, _question("bench")
     ),
-    "pause": Command("train on without averaging", _change_flags, _question("pause")),
-    "resume": Command("average again", _change_flags, _question("resume")),
-    "set": Command("change a run: every=STEPS between hand-overs", _set_flags, _question("set")),
-    "ls": Command("the nodes that run on this machine", _json_flag, _question("ls")),
-    "demo": Command("three nodes on this machine learn one model", _demo_flags, _demo),
+    "doctor": Command(
+        "what keeps this node from working, and what mends it", flags.doctor, _doctor
+    ),
+    "service": Command("a node that starts with this machine", flags.service, _service),
+    "pause": Command("train on without averaging", flags.change, _question("pause")),
+    "resume": Command("average again", flags.change, _question("resume")),
+    "set": Command("change a run: every=STEPS between hand-overs", flags.setting, _question("set")),
+    "ls": Command("the nodes that run on this machine", flags.ls, _question("ls")),
+    "demo": Command("three nodes on this machine learn one model", flags.demo, _demo),
+    "top": Command("the whole mesh on one screen, as it changes", flags.top, _top),
+    "plot": Command("loss and drift of every node over time", flags.plot, _plot),
+    "shell": Command("type commands without `mesh`, or Python", flags.shell, _shell),
+    "completion": Command(
+        "print a script that completes commands for your shell", flags.completion, _completion
+    ),
+    "version": Command(
+        "which version this is, and which one the node runs", flags.as_json, _version
+    ),
     "sim": Command(
-        "simulated meshes: under faults, each from one seed; or training a script", _sim_flags, _sim
+        "simulated meshes: under faults, each from one seed; or training a script", flags.sim, _sim
     ),
 }
 

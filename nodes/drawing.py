@@ -1,4 +1,4 @@
-"""Curves of a simulated training: a picture where matplotlib is, and lines of text everywhere.
+"""Curves of a simulated training, and a picture of them where matplotlib is.
 
 Rule: matplotlib is loaded when something is drawn, never before.
 """
@@ -12,9 +12,6 @@ import mesh
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH: Final = 64
-HEIGHT: Final = 12
-MARKS: Final = "*o+x#@%&"
 PIECES: Final = 128
 """Points of a curve that is the mean of many."""
 
@@ -37,26 +34,6 @@ def losses(reports: dict[str, mesh.LearningReport]) -> dict[str, Points]:
                 piece[0], piece[1], piece[2] = piece[0] + step, piece[1] + loss, piece[2] + 1
         curves[name] = [(step / n, loss / n) for step, loss, n in sums if n]
     return curves
-
-
-def chart(curves: dict[str, Points], title: str) -> str:
-    """A drawing in text, one mark for each curve."""
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
-        return f"{title}: nothing to draw (node.step(loss=...) says it)"
-    right = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    rows = [[" "] * WIDTH for _ in range(HEIGHT)]
-    for (_, curve), mark in zip(curves.items(), MARKS, strict=False):
-        for x, y in curve:
-            column = min(WIDTH - 1, int(x / right * WIDTH)) if right else 0
-            row = round((high - y) / (high - low) * (HEIGHT - 1)) if high > low else 0
-            rows[row][column] = mark
-    labels = [f"{high:9.3g}", *[" " * 9] * (HEIGHT - 2), f"{low:9.3g}"]
-    drawn = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, rows, strict=True)]
-    legend = "   ".join(f"{mark} {name}" for name, mark in zip(curves, MARKS, strict=False))
-    axis = f"{'':9} +{'-' * WIDTH}\n{'':11}0{right:>{WIDTH - 1}.0f}"
-    return "\n".join([title, *drawn, axis, f"{'':11}{legend}"])
 
 
 def picture(reports: dict[str, mesh.LearningReport], out: Path) -> None:

@@ -6,16 +6,19 @@ drawing. Rule: what the script prints goes to standard error, each line behind i
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import mesh
-from nodes import drawing, text
+from nodes import chart, drawing, text, watch
 
 AS_IT_IS: Final = "as it is"
 ONE_PLACE: Final = "one-place"
+PLAIN_WIDTH: Final = 80
+CHART_LINES: Final = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ def run(lesson: Lesson) -> int:
     if lesson.as_json:
         print(json.dumps(_as_json(lesson, reports)))
     else:
-        print(drawing.chart(drawing.losses(reports), "loss, mean of all machines, by step"))
+        print(_charts(reports))
         print("\n" + _table(reports))
     return 0
 
@@ -76,6 +79,33 @@ def _strategies(lesson: Lesson) -> tuple[str, ...]:
 
 def _say(rank: int, line: str) -> None:
     print(f"{rank:3} | {line}", file=sys.stderr)
+
+
+def _charts(reports: dict[str, mesh.LearningReport]) -> str:
+    """Loss, accuracy of the averaged model where it was evaluated, and drift, in characters."""
+    drawn = watch.on_terminal()
+    width = os.get_terminal_size(sys.stdout.fileno()).columns - 1 if drawn else PLAIN_WIDTH
+    curves = {"loss, mean of all machines": drawing.losses(reports)}
+    if any(look.accuracy for report in reports.values() for look in report.looks):
+        curves["accuracy of the averaged model"] = {
+            name: [(look.step, look.accuracy.averaged) for look in report.looks if look.accuracy]
+            for name, report in reports.items()
+        }
+    curves["drift"] = {
+        name: [(look.step, look.drift) for look in report.looks] for name, report in reports.items()
+    }
+    return "\n".join(
+        chart.chart(
+            [chart.Series(name, points) for name, points in lines.items()],
+            width=width,
+            height=CHART_LINES,
+            title=title,
+            x_label="step",
+            colour=drawn and not os.environ.get("NO_COLOR"),
+            ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"),
+        )
+        for title, lines in curves.items()
+    )
 
 
 def _table(reports: dict[str, mesh.LearningReport]) -> str:

@@ -1,9 +1,11 @@
 """Live tables for a terminal. The only file that imports rich, and only when it draws."""
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -14,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 Rows = list[list[str]]
 
@@ -64,13 +67,13 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
         def note(said: str, done: int, of: int) -> None:
             nonlocal last
             if said != last:
-                console.print(said, highlight=False, soft_wrap=True)
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
             last = said
 
         yield note
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -88,3 +91,32 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 def say(line: str) -> None:
     """One line on standard error."""
     Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+Line = list[tuple[str, str]]
+"""Pieces of one line: text, and its style in rich's words."""
+
+
+@contextlib.contextmanager
+def screen() -> Iterator[Callable[[list[Line]], None]]:
+    """Yields draw(lines), which fills the terminal; it is given back as it was."""
+    console = Console(highlight=False)
+    with Live(console=console, screen=True, auto_refresh=False) as shown:
+        yield lambda lines: shown.update(_drawn(lines), refresh=True)
+
+
+def svg(lines: list[Line], width: int, title: str) -> str:
+    """A picture of a terminal that shows these lines."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(
+            record=True, width=width, file=nowhere, force_terminal=True, color_system="truecolor"
+        )
+        console.print(_drawn(lines))
+        drawn = console.export_svg(title=title, unique_id="mesh")
+    # The fonts that rich names are fetched from elsewhere; whoever looks at this need not be known.
+    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
+
+
+def _drawn(lines: list[Line]) -> Group:
+    """Text, never markup: a node's name may hold brackets."""
+    return Group(*(Text.assemble(*line, no_wrap=True, overflow="crop") for line in lines))

@@ -1,16 +1,37 @@
 """Answers of a node as plain text for a terminal or a pipe; nothing is imported for it."""
 
+import unicodedata
 from typing import Any
 
 
 def table(rows: list[list[str]]) -> str:
     """Left-aligned columns, two spaces apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        "  ".join(fitted(cell, columns) for cell, columns in zip(row, widths, strict=True))
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def width(text: str) -> int:
+    """Columns of a terminal that a text takes; some characters take two, some none."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_columns, text))
+
+
+def fitted(text: str, columns: int) -> str:
+    """Cut or filled up with spaces to so many columns."""
+    while width(text) > columns:
+        text = text[:-1]
+    return text + " " * (columns - width(text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def duration(seconds: float | None) -> str:

@@ -22,6 +22,7 @@ import pytest
 from mesh import wire
 from mesh.client import LocalSocket
 from mesh.core.address import Address
+from mesh.core.for_people import Answer, Figures, Question, Report, Reports
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
 from mesh.core.messages import (
     FRAGMENT_ENTRIES,
@@ -361,9 +362,21 @@ def test_answers_that_nobody_asked_for_change_nothing(bad, port, target, trainin
     connection.say(page)
     connection.say(SchemaRequest(run="never heard of", start=0))
     connection.say(SchemaRequest(run=training.run, start=2**32))
+    for number in range(100):
+        page = {"page": 0, "attempt": 1, "pages": 32, "hops": 3, "pieces": ("x" * 1000,) * 40}
+        connection.say(Answer(asker=target.id, number=number, **page))
+        asked = {"page": number % 32, "attempt": 1, "hops": 3, "target": NodeId("nobody22")}
+        asked |= {"op": "eval", "arguments": ()}
+        connection.say(Question(asker=NodeId("somebody"), number=number, **asked))
+        connection.say(Question(asker=target.id, number=number, **asked))
+    nothing = {"loss": None, "drift": None, "samples_s": 0.0, "out_bytes_s": 0.0, "in_bytes_s": 0.0}
+    said = {"serial": 2**63, "age_ms": 2**63, "figures": Figures(step=2**63, **nothing)}
+    for node in (target.id, NodeId("nobody22"), bad.id):
+        connection.say(Reports(reports=(Report(node=node, run=training.run, **said),) * 32))
     connection.say(Ping(sequence=77, table=0))
     until(lambda: acknowledged(connection, 77), "the connection still works")
     assert target.status()["refused"] == before
+    assert target.peers() is not None
     connection.close()
 
 

@@ -254,8 +254,11 @@ def test_a_node_says_how_it_is_as_json_and_as_text(pair):
     assert f"a ({a.id[:8]})" in text.stdout
     assert "1 alive" in text.stdout
     table = host.mesh("peers", "--state", "a").stdout.splitlines()
-    assert table[0].split()[:3] == ["NAME", "ID", "STATE"]
-    assert table[1].split()[:3] == ["b", b.id[:8], "alive"]
+    assert table[0].split()[:3] == ["NAME", "STATE", "ADDRESS"]
+    assert table[1].split()[:3] == ["*", "a", "alive"]
+    assert table[2].split()[:2] == ["b", "alive"]
+    wide = host.mesh("peers", "--state", "a", "-o", "wide").stdout.splitlines()
+    assert b.id[:8] in wide[2].split()
 
 
 def test_of_several_nodes_on_a_host_one_has_to_be_chosen(pair):

@@ -1,5 +1,6 @@
 """The pure core: laws of the member table, of first weights, of one exchange's counting."""
 
+import math
 from itertools import permutations
 from random import Random
 
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 
 from mesh.core import events as ev
 from mesh.core.address import Address
-from mesh.core.contacts import CROSSING_S, FIRST_RETRY_S, LAST_RETRY_S, RUMOUR_ATTEMPTS, Contacts
+from mesh.core.contacts import (
+    CROSSING_S,
+    DIAL_BELOW,
+    FIRST_RETRY_S,
+    GIVEN_UP_LIMIT,
+    GIVEN_UP_S,
+    LAST_RETRY_S,
+    RUMOUR_ATTEMPTS,
+    Contacts,
+)
 from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
 from mesh.core.messages import (
@@ -146,6 +156,29 @@ def test_of_two_that_hear_of_each_other_at_once_the_lower_id_dials_first():
     assert len(higher.due(CROSSING_S)) == 1
 
 
+def test_whoever_dialled_first_is_not_dialled_as_well():
+    contacts = Contacts(ME, Random(1))
+    contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
+    connect(contacts, A, 1)
+    assert contacts.next_deadline() == math.inf
+    assert contacts.due(CROSSING_S) == []
+    contacts.lost(A, 1, 2.0)
+    assert [contact.node for contact in contacts.due(2.0)] == [A], "from then on it is"
+
+
+@pytest.mark.parametrize(("shown", "in_the_end"), [(20, 20), (200, DIAL_BELOW)])
+def test_of_many_that_mdns_shows_at_once_the_first_are_dialled_and_others_once_it_is_known_how_many(
+    shown, in_the_end
+):
+    contacts = Contacts(NodeId("a" * 16), Random(1))
+    dialled = 0
+    for k in range(shown):
+        contacts.suggest(AT, 0.0, source="mdns", hint=f"node{k:04}" + "a" * 8)
+        dialled += len(contacts.due(0.0))
+    assert dialled == DIAL_BELOW
+    assert dialled + len(contacts.due(CROSSING_S)) == in_the_end
+
+
 def test_what_was_given_by_hand_is_retried_for_ever_and_a_rumour_is_not():
     for source, remains in (("peer", True), ("mdns", False)):
         contacts, now, waits = Contacts(ME, Random(1)), 0.0, []
@@ -203,6 +236,73 @@ def test_the_protocol_is_at_rest_after_everything_due_was_done():
         assert protocol.next_deadline() > now
         now = min(protocol.next_deadline(), now + 10)
         protocol.on_deadline(now)
+
+
+def deaf(protocol, now, until_s, reason="10.0.0.9:7710: connection refused"):
+    """Lives on where every dial fails; returns the time."""
+    effects = protocol.on_deadline(now)
+    while now < until_s:
+        for effect in effects:
+            if isinstance(effect, ev.Dial):
+                failed = ev.DialFailed(contact=effect.contact, refused=True, reason=reason)
+                protocol.handle(failed, now)
+        now = min(max(now, protocol.next_deadline()), until_s)
+        effects = protocol.on_deadline(now)
+    return now
+
+
+def seen_but_deaf(until_s=3.0):
+    protocol = MeshProtocol(first_row(ME, "me", 1, AT), Random(1))
+    seen = ev.CandidateFound(addresses=AT, source="mdns", hint=A[:16])
+    protocol.handle(seen, 0.0)
+    assert protocol.statistics(0.0).undialled == (), "it may be about to listen"
+    return protocol, deaf(protocol, 0.0, until_s)
+
+
+def test_whom_mdns_shows_and_no_dial_reaches_is_named_for_ten_minutes_after_the_last_try():
+    reason = "10.0.0.9:7710: connection refused"
+    protocol, now = seen_but_deaf(0.2)
+    assert protocol.statistics(now).undialled == (), "one dial may have come too early"
+    now = deaf(protocol, now, 3.0)
+    assert protocol.statistics(now).undialled == ((A[:8], AT[0], reason),)
+    now = deaf(protocol, now, 60.0)
+    assert protocol.next_deadline() == float("inf"), "it is given up"
+    assert protocol.statistics(now).undialled == ((A[:8], AT[0], reason),)
+    assert protocol.statistics(now + GIVEN_UP_S).undialled == ()
+
+
+def test_whom_somebody_reaches_after_all_is_named_no_more():
+    for until_s in (3.0, 60.0):
+        protocol, now = seen_but_deaf(until_s)
+        connected = ev.PeerConnected(node=A, connection=1, hello=hello(A), contact=None)
+        protocol.handle(connected, now)
+        assert protocol.statistics(now).undialled == ()
+        lost = ev.PeerLost(node=A, connection=1, reason="told: this node stops", told=True)
+        protocol.handle(lost, now)
+        assert protocol.statistics(now).undialled == (), "it could be reached"
+
+
+def test_of_members_only_those_that_live_are_named_and_by_their_names():
+    for state, named in ((State.ALIVE, 1), (State.SUSPECT, 0), (State.DEAD, 0), (State.LEFT, 0)):
+        protocol, now = seen_but_deaf()
+        protocol.peers.membership.merge([row(A, state=state)], now)
+        found = protocol.statistics(now).undialled
+        assert [who for who, _, _ in found] == [A[:4]] * named
+
+
+def test_of_those_that_were_given_up_a_bounded_number_is_remembered():
+    contacts = Contacts(ME, Random(1))
+    for k in range(GIVEN_UP_LIMIT + 5):
+        contacts.suggest(AT, 0.0, source="mdns", hint=f"node{k:012}")
+        for attempt in range(RUMOUR_ATTEMPTS):
+            failed = contacts.failed(f"node{k:012}", float(attempt), itself=False)
+            failed.reason = "no answer"
+    kept = contacts.undialled(10.0)
+    assert len(kept) == GIVEN_UP_LIMIT
+    assert kept[-1].key == f"node{GIVEN_UP_LIMIT + 4:012}"
+    contacts.suggest(AT, 0.0, source="mdns", hint="itself" + "x" * 10)
+    contacts.failed("itself" + "x" * 10, 0.0, itself=True).reason = "itself"
+    assert contacts.undialled(10.0) == kept
 
 
 # ---------------------------------------------------------------------------------- first weights

@@ -19,7 +19,7 @@ from mesh.conditions import Conditions
 from mesh.learning_report import Curve
 from mesh.replica import Replica
 from mesh.virtual_node import FlippedReplica
-from nodes import cli, drawing
+from nodes import cli
 from tests.helpers import REPOSITORY
 
 CLASSES, INPUTS = 4, 8
@@ -353,9 +353,17 @@ def test_a_script_that_fails_is_shown_as_its_author_knows_it(script, capsys, end
         assert f'File "{path}"' in said
 
 
-def test_a_script_that_joins_nothing_or_is_not_there_is_a_usage_error(tmp_path, capsys, script):
+def test_a_script_is_drawn_and_one_that_joins_nothing_or_is_not_there_is_refused(
+    tmp_path, capsys, script, monkeypatch
+):
     idle = tmp_path / "idle.py"
     idle.write_text("print('done')")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sim", "-n", "2", str(script()), "{rank}", "x"]) == 0
+    said = capsys.readouterr().out
+    assert {"loss, mean of all machines", "drift"} <= set(said.splitlines())
+    assert "as it is" in said
+    assert "one-place" in said
     assert cli.main(["sim", "-n", "2", str(idle)]) == 1
     assert "mesh.join()" in capsys.readouterr().err
     assert cli.main(["sim", str(tmp_path / "none.py")]) == 2
@@ -370,7 +378,7 @@ def test_mesh_sim_trains_the_digits_example_side_by_side_with_one_place(
     pytest.importorskip("sklearn", reason="examples/digits.py needs scikit-learn")
     monkeypatch.chdir(tmp_path)
     flags = ["--evaluate", "evaluate", "--strategies", "pair,alone", "--json", "-o", "curves.png"]
-    shards = ["--shard", "{rank}/{nodes}", "--steps", "60"]
+    shards = ["--shard", "{rank}/{nodes}", "--steps", "40"]
     assert cli.main(["sim", "-n", "2", *flags, str(DIGITS), *shards]) == 0
     out, err = capsys.readouterr()
     answer = json.loads(out)
@@ -378,20 +386,8 @@ def test_mesh_sim_trains_the_digits_example_side_by_side_with_one_place(
     jsonschema.validate(answer, schema)
     found = answer["strategies"]
     assert list(found) == ["pair", "alone", "one-place"]
-    assert found["pair"]["averaged"] > 0.7
+    assert found["pair"]["averaged"] > 0.6
     assert found["alone"]["mean_node"] < 0.55
-    assert found["pair"]["steps"] == [60, 60]
-    assert "2 | step     60  averaged" in err
+    assert found["pair"]["steps"] == [40, 40]
+    assert "2 | step     40  averaged" in err
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_chart_shows_every_curve_within_its_frame():
-    curves = {"pair": [(1, 2.0), (50, 1.0), (100, 0.5)], "alone": [(1, 2.0), (100, 1.5)]}
-    lines = drawing.chart(curves, "loss").splitlines()
-    assert lines[0] == "loss"
-    assert "2 |" in lines[1]
-    assert lines[drawing.HEIGHT].startswith("      0.5 |")
-    assert {"*", "o"} <= set("".join(lines[1 : drawing.HEIGHT + 1]))
-    assert "* pair   o alone" in lines[-1]
-    assert max(map(len, lines)) <= 11 + drawing.WIDTH
-    assert "nothing to draw" in drawing.chart({}, "loss")

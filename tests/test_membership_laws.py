@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mesh.core import events as ev
 from mesh.core import membership
 from mesh.core.address import Address
+from mesh.core.contacts import CONNECTIONS_LIMIT
 from mesh.core.detector import Detector
 from mesh.core.findings import Gone
 from mesh.core.membership import (
@@ -21,13 +22,23 @@ from mesh.core.membership import (
     Membership,
     version,
 )
-from mesh.core.messages import ACCUSERS_LIMIT, Ack, Member, Members, NodeId, State, Verdict
+from mesh.core.messages import (
+    ACCUSERS_LIMIT,
+    Ack,
+    Member,
+    Members,
+    NodeId,
+    RunInfo,
+    State,
+    Verdict,
+)
 from mesh.core.protocol import MeshProtocol
 from tests.test_detector import Wires, hello, joined
 
 ME = NodeId("m" * 16)
 NODES = [NodeId(letter * 16) for letter in "abcd"]
 SEEDED = settings(derandomize=True, deadline=None, max_examples=150)
+TRAINING = RunInfo(run="toy", schema="s", started=True, exchanged=True)
 ACCUSERS = [NodeId(f"accuser{k}") for k in range(7)]
 
 
@@ -42,7 +53,7 @@ def rows(draw, nodes=tuple(NODES)):
         incarnation=draw(st.integers(0, 2)),
         state=state,
         addresses=(Address("10.0.0.1", draw(st.sampled_from((1000, 1001)))),),
-        runs=(),
+        runs=draw(st.sampled_from(((), (TRAINING,)))),
         accusers=tuple(sorted(accusers)) if state is State.SUSPECT else (),
     )
 
@@ -67,7 +78,10 @@ def check_books(made):
     assert made.living == len(living)
     assert made.fingerprint == reduce(xor, (version(row) for row in living))
     assert made._versions == {row.node: version(row) for row in all_rows}
-    assert set(made._ended_at) == {r.node for r in made.others.values() if r.state > State.SUSPECT}
+    ended = [row for row in made.others.values() if row.state > State.SUSPECT]
+    assert {row.node: row for row in made.ended_others()} == {row.node: row for row in ended}
+    assert set(made.living_others()) == set(made.others) - {row.node for row in ended}
+    assert made.trains == {row.node: row for row in made.others.values() if row.runs}
 
 
 # ------------------------------------------------------------------------------------------ laws
@@ -246,6 +260,30 @@ def test_in_a_large_mesh_too_a_lost_connection_is_dialled_at_once_and_one_given_
         lost = ev.PeerLost(node=others[3], connection=4, reason="end of file", told=told)
         dials = [e.contact for e in core.handle(lost, 5.0) if isinstance(e, ev.Dial)]
         assert dials == ([] if told else [others[3]])
+
+
+def test_in_a_large_mesh_a_search_finds_whoever_is_not_connected_and_one_of_the_dead():
+    others = [NodeId(f"node{k:04}" + "a" * 8) for k in range(60)]
+    core = MeshProtocol(alive(ME), Random(1))
+    for number, other in enumerate(others[:40], start=1):
+        core.handle(ev.PeerConnected(
+            node=other, connection=number, hello=hello(other), contact=None, host="10.0.0.9"
+        ), 0.0)  # fmt: skip
+    rest = [alive(other) for other in others[40:]]
+    rest[-2:] = [replace(row, state=State.DEAD) for row in rest[-2:]]
+    received(core, others[39], Members(members=tuple(rest)), 0.1)
+    contacts, dialled = core.peers.contacts, set()
+    missing = set(others) - set(contacts.connections)
+    assert len(missing) == 60 - CONNECTIONS_LIMIT
+    for k in range(1, 200):
+        core.peers._search(10.0 * k)
+        due = {contact.node for contact in contacts.due(10.0 * k)}
+        assert due <= missing
+        assert (len(due & set(others[58:])), len(due - set(others[58:]))) == (1, 1)
+        dialled |= due
+        for node in due:
+            contacts.drop(node)
+    assert dialled == missing
 
 
 def test_of_two_processes_with_one_identity_the_older_is_heard_again_when_the_younger_has_gone():

@@ -147,7 +147,7 @@ def test_an_end_is_told_however_long_the_inbox_was_full():
             await trio.sleep(2.0)  # the loop is held by now
             with contextlib.suppress(trio.WouldBlock):
                 while True:
-                    node._put.send_nowait(ev.WeightsServed(run="another"))
+                    node._inbox.send_nowait(ev.WeightsServed(run="another"))
             mesh.crash(2)
             await trio.sleep(10.0)
             assert node._protocol.peers.contacts.connections

@@ -1,5 +1,6 @@
 """`mesh pull`: the current model for a machine that need not train it, and the file that it becomes."""
 
+import json
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ from mesh.pulled import PulledModel
 from mesh.responder import Responder
 from mesh.runs import RunSpec
 from mesh.shared import HandOverMemory
+from nodes import render
 from nodes.cli import main
 from tests.helpers import Host, NumpyTraining, parsed
 from tests.helpers import until as until_real
@@ -95,6 +97,7 @@ def test_an_observer_gets_the_mean_of_the_replicas_and_changes_nothing(small_fra
             for player, weights, answered in zip(players, before, answers, strict=True):
                 assert np.array_equal(player.weights, weights)
                 assert player.run.counters.answered == answered
+            await trio.sleep(1000)  # connections that idle are closed
             [single] = (await pull(mesh, 4, 1))["sources"]
             assert single in ("n1", "n2", "n3")
 
@@ -286,7 +289,7 @@ def test_a_schema_of_many_layers_is_asked_page_by_page_and_a_false_one_is_not_be
 
 SCHEMA = [
     ("half", (3,), "float16"),
-    ("brain", (5, 1), "bfloat16"),
+    ("brain", (4, 1), "bfloat16"),
     ("wide", (2, 2), "float32"),
     ("none", (0, 4), "float32"),
     ("scalar", (), "float64"),
@@ -319,6 +322,10 @@ def test_the_file_holds_every_tensor_in_its_own_dtype_as_the_library_reads_it(
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert (metadata["run"], metadata["mesh_step"], metadata["averaged"]) == ("digits", "5000", "3")
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    for name, _, dtype in SCHEMA:
+        assert (8 + length + header[name]["data_offsets"][0]) % getattr(torch, dtype).itemsize == 0
     found, start = safetensors.torch.load_file(path), 0
     assert set(found) == {name for name, _, _ in SCHEMA}
     for name, shape, dtype in SCHEMA:
@@ -416,3 +423,34 @@ def test_a_machine_that_trains_nothing_writes_the_model_of_one_that_does(host, c
         os.kill(giver.pid, signal.SIGCONT)
     assert not list(host.root.glob("*m.safetensors*"))
     training.close()
+
+
+# --------------------------------------------------------------------------------- what is printed
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is_and_without_one_each_node_is_one_line(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with render.bar() as draw:
+        draw("digits: node 1 of 2: [giver]", 500_000, 1_000_000)
+    shown = capsys.readouterr()
+    assert "digits: node 1 of 2: [giver]" in shown.err
+    assert "0.5/1.0 MB" in shown.err
+    assert shown.out == ""
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    with render.bar() as draw:
+        for done in range(3):
+            draw("digits: node 1 of 2: [giver]", done, 10)
+        draw("digits: node 2 of 2: other", 5, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["digits: node 1 of 2: [giver]", "digits: node 2 of 2: other"]
+
+
+def test_without_a_node_on_this_machine_it_says_how_to_start_one(tmp_path, capsys):
+    assert main(["pull", "--state", str(tmp_path), "--run", "r", "-o", str(tmp_path / "m")]) == 3
+    assert "mesh up" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []

@@ -32,7 +32,9 @@ FLOORS = {
     "mesh/identity.py": 1,
     "mesh/places.py": 1,
     "mesh/settings.py": 1,
+    "mesh/surroundings.py": 1,
     "mesh/alarm.py": 1,
+    "mesh/inbox.py": 1,
     "mesh/disk.py": 1,
     "mesh/simulated_disk.py": 1,
     "mesh/storage.py": 1,
@@ -62,12 +64,15 @@ FLOORS = {
     "mesh/bench.py": 3,
     "mesh/records.py": 3,
     "mesh/answers.py": 3,
+    "mesh/arguments.py": 3,
     "mesh/history.py": 1,
     "mesh/journal.py": 3,
     "mesh/node.py": 3,
     "mesh/report.py": 3,
     "mesh/control.py": 3,
     "mesh/process.py": 3,
+    "mesh/metrics.py": 3,
+    "mesh/diagnosis.py": 3,
     "mesh/__main__.py": 3,
     "mesh/attachment.py": 4,
     "mesh/autosave.py": 4,
@@ -83,7 +88,7 @@ FLOORS = {
     "mesh/training.py": 4,
     "mesh/baton.py": 4,
     "mesh/conditions.py": 4,
-    "mesh/surroundings.py": 4,
+    "mesh/program_state.py": 4,
     "mesh/virtual_attachment.py": 4,
     "mesh/virtual_link.py": 4,
     "mesh/virtual_machine.py": 4,
@@ -98,13 +103,13 @@ FLOORS = {
 
 HOMES = {
     "msgpack": ["mesh/wire.py"],
-    "zeroconf": ["mesh/net/mdns.py"],
+    "zeroconf": ["mesh/net/mdns.py", "mesh/net/survey.py"],
     "ifaddr": ["mesh/net/interfaces.py"],
     "ssl": ["mesh/identity.py", "mesh/net/tcp.py", "mesh/net/sockets.py"],
     "cryptography": ["mesh/identity.py", "mesh/net/sealed.py"],
     # The demo's training is a script such as users write; the programs around it load no torch.
     "torch": [
-        *("mesh/surroundings.py", "mesh/virtual_machine.py", "mesh/laboratory.py"),
+        *("mesh/program_state.py", "mesh/virtual_machine.py", "mesh/laboratory.py"),
         "mesh/learning.py",
         *("mesh/training.py", "mesh/tensors.py", "mesh/batchnorm.py", "mesh/momentum.py"),
         *("mesh/checkpoint.py", "mesh/plain_values.py", "mesh/autosave.py", "mesh/keeper.py"),
@@ -112,7 +117,8 @@ HOMES = {
     ],
     "safetensors": ["mesh/checkpoint.py"],
     "platformdirs": ["mesh/places.py"],
-    "argparse": ["nodes/cli.py"],
+    "prometheus_client": ["mesh/metrics.py"],
+    "argparse": ["nodes/cli.py", "nodes/flags.py"],
     "rich": ["nodes"],
 }
 """One home each: nothing else imports it."""
@@ -543,4 +549,4 @@ def test_asking_a_node_that_is_not_there_loads_no_heavy_library():
 def test_the_node_process_loads_no_torch():
     loaded = loaded_by("import mesh.__main__")
     assert {"trio", "numpy"} <= loaded
-    assert "torch" not in loaded
+    assert not loaded & {"torch", "prometheus_client"}

@@ -161,6 +161,8 @@ class Averaging:
 
     def row_changed(self, row: Member, now: float) -> list[ev.Effect]:
         """A member's row, or its connection, is another than before."""
+        if not self._runs:  # and nothing is known of anybody's schemas
+            return []
         self.peers_changed(now)
         if row.state is State.LEFT:
             self._schemas.forget(row.node)
@@ -216,10 +218,10 @@ class Averaging:
         is gone would keep the others waiting. In a large mesh, where few are connected, all members."""
         mine = (run.info.run, run.info.schema, run.info.strategy)
         partners: list[Partner] = []
-        others = self._membership.others
-        for node in others if self._membership.large else self._connections:
-            member = others.get(node)
-            if member is not None and member.runs and member.state is State.ALIVE:
+        trains = self._membership.trains
+        for node in trains if self._membership.large else self._connections:
+            member = trains.get(node)
+            if member is not None and member.state is State.ALIVE:
                 partners += [
                     (node, i) for i in member.runs if (i.run, i.schema, i.strategy) == mine
                 ]

@@ -26,6 +26,14 @@ costs two packets a minute."""
 RUMOUR_ATTEMPTS = 6
 """About 15 s of retries for an address that only mDNS gave; mDNS will say it again."""
 
+TELLING_ATTEMPTS = 2
+"""Dials after which a node that mDNS shows counts as out of reach: a start takes no longer."""
+
+GIVEN_UP_S = 600.0
+GIVEN_UP_LIMIT = 64
+"""How long, and how many, rumours that led nowhere are remembered for whoever asks why: mDNS says of a
+node that it is there once, so this is all that will ever be heard of it."""
+
 HINT_LENGTH = 16
 """Characters of a node id that mDNS announces: 80 bits, unique in any mesh."""
 
@@ -97,6 +105,8 @@ class Contacts:
         self._large = False
         self._announced = 0
         """contacts that mDNS showed"""
+        self._given_up: dict[str, tuple[Contact, float]] = {}
+        """those of them that are not dialled any more, and since when; the oldest comes first"""
         self._deadline: float | None = math.inf
         """when the next contact is due; None: something changed, look again"""
 
@@ -146,7 +156,8 @@ class Contacts:
         if contact.dial_at == math.inf or news:
             contact.attempts = 0
             crossing = source in ("mdns", "member") and not wanted and self._own > (node or hint)
-            contact.dial_at = now + (CROSSING_S if crossing else 0.0)
+            early = source == "mdns" and self._dials_many()
+            contact.dial_at = now + CROSSING_S * (crossing + early)
         if limited is not self.limited:
             self._deadline = None
         elif self._deadline is not None and contact.dial_at < self._deadline and self._may(contact):
@@ -182,6 +193,8 @@ class Contacts:
         lasts = contact.by_hand or (contact.source == "cache" and not itself)
         if contact.attempts >= RUMOUR_ATTEMPTS and not lasts:
             self._remove(key)
+            if contact.source == "mdns" and not itself:
+                self._give_up(contact, now)
             return contact
         contact.dial_at = now + self._back_off(contact)
         return contact
@@ -203,12 +216,15 @@ class Contacts:
         Returns whether it is kept, and the one that it replaces, if any.
         """
         self._deadline = None
+        self._given_up.pop(node[:HINT_LENGTH], None)
         via = "incoming"
         if contact is not None and contact in self._contacts:
             found = self._contacts[contact]
             found.dialling, found.node, found.wanted = False, node, False
             found.dial_at, found.reason, found.attempts = math.inf, "", found.flaps
             via = found.source
+        elif (heard := self._contacts.get(node[:HINT_LENGTH])) is not None:
+            heard.node = node  # it dialled first: there is no need to dial it as well
         new = Connection(
             number=number,
             dialled_by=node if contact is None else self._own,
@@ -262,6 +278,18 @@ class Contacts:
             if contact.by_hand and contact.node not in self.connections
         )
 
+    def undialled(self, now: float) -> list[Contact]:
+        """Those that mDNS shows and that no dial reaches, with the reason: a firewall, mostly."""
+        trying = [c for c in self._contacts.values() if c.attempts >= TELLING_ATTEMPTS]
+        gone = [c for c, since in self._given_up.values() if now - since < GIVEN_UP_S]
+        return [
+            contact
+            for contact in gone + [c for c in trying if c.key not in self._given_up]
+            if contact.source == "mdns"
+            and contact.reason
+            and not any(node.startswith(contact.key) for node in self.connections)
+        ]
+
     def rests(self, key: str, now: float, reason: str) -> None:
         """A contact that answered but cannot be talked to: ask again much later."""
         if key in self._contacts:
@@ -289,8 +317,18 @@ class Contacts:
         """Whether its time is all that it waits for."""
         return self._wants_dial(contact) and (self._must(contact) or self._room() > 0)
 
+    def _dials_many(self) -> bool:
+        """Whether who is heard of now may wait until mDNS has shown how large the mesh is."""
+        return not self.limited and sum(c.dialling for c in self._contacts.values()) >= DIAL_BELOW
+
     def _remove(self, key: str) -> None:
         self._announced -= self._contacts.pop(key).source == "mdns"
+
+    def _give_up(self, contact: Contact, now: float) -> None:
+        self._given_up.pop(contact.key, None)
+        self._given_up[contact.key] = contact, now
+        if len(self._given_up) > GIVEN_UP_LIMIT:
+            del self._given_up[next(iter(self._given_up))]
 
     def _back_off(self, contact: Contact) -> float:
         delay: float = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(contact.attempts, 16))

@@ -247,7 +247,7 @@ class Detector:
     def cleared(self, node: NodeId) -> None:
         """It refuted, or began again: that its last process was refused says nothing of this one."""
         self._suspicions.pop(node, None)
-        for sequence, probe in self._probes_of(node):
+        for sequence, probe in self._probes_of(node) if self._probes else ():
             if probe.refused:
                 del self._probes[sequence]
 

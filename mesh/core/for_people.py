@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mesh.core.address import NodeId
 
-REPORTS_LIMIT = 16
-"""Reports of one message: about 2 kB beside each probe, however large the mesh is."""
+REPORTS_LIMIT = 32
+"""Reports of one message: at most 5 kB beside each probe, however large the mesh is."""
 
 HOPS_LIMIT = 3
 """Relays of a question: where a node reaches another at all, one or two are enough."""

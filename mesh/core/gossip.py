@@ -14,11 +14,12 @@ with another fingerprint -> compare() -> Versions -> answer() -> Members and Wan
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from random import Random
 
 from mesh.core import events as ev
 from mesh.core.contacts import Connection, Contacts
-from mesh.core.membership import Membership
+from mesh.core.membership import MEMBERS_LIMIT, Membership
 from mesh.core.messages import (
     ControlMessage,
     Member,
@@ -49,8 +50,10 @@ PAGE_BYTES = 48 * 1024
 bytes; one of 16 addresses and 16 runs with names of four-byte characters is 10 kB."""
 
 
+@lru_cache(maxsize=MEMBERS_LIMIT)
 def row_bytes(row: Member) -> int:
-    """At least what a row takes on the wire: its text, and 12 bytes beside each piece of it."""
+    """At least what a row takes on the wire: its text, and 12 bytes beside each piece of it. Kept:
+    each newcomer to a large mesh is told all rows."""
     texts = [row.node, row.name, *(address.host for address in row.addresses), *row.accusers]
     for info in row.runs:
         texts += [info.run, info.schema]

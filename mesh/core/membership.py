@@ -77,6 +77,7 @@ class Membership:
         self._others: dict[NodeId, Member] = {}
         self._ended_at: dict[NodeId, float] = {}
         self._versions: dict[NodeId, int] = {own.node: version(own)}
+        self._trains: dict[NodeId, Member] = {}
         self.living = 1
         """members that are alive or suspect, this node included"""
         self.fingerprint = self._versions[own.node]
@@ -89,6 +90,21 @@ class Membership:
     @property
     def others(self) -> dict[NodeId, Member]:
         return self._others
+
+    @property
+    def trains(self) -> dict[NodeId, Member]:
+        """The rows of others that name a run, so that those that name none need not be looked at."""
+        return self._trains
+
+    def living_others(self) -> list[NodeId]:
+        """All that are alive or suspect here, this node aside."""
+        if not self._ended_at:
+            return list(self._others)
+        return [node for node in self._others if node not in self._ended_at]
+
+    def ended_others(self) -> list[Member]:
+        """All that are dead here, or left."""
+        return [self._others[node] for node in self._ended_at]
 
     @property
     def large(self) -> bool:
@@ -156,17 +172,21 @@ class Membership:
 
     def versions(self, now: float) -> tuple[int, ...]:
         """Of every row that others are told."""
+        if not self._ended_at:
+            return tuple(self._versions.values())
         return tuple(self._versions[row.node] for row in self._told(now))
 
     def compare(self, theirs: Iterable[int], now: float) -> tuple[list[Member], tuple[int, ...]]:
         """(rows that a table of these versions lacks, versions that this one lacks)."""
-        known = set(theirs)
-        lacked = [row for row in self._told(now) if self._versions[row.node] not in known]
-        return lacked, tuple(sorted(known.difference(self._versions.values())))
+        known, mine = set(theirs), set(self._versions.values())
+        lacked = self.rows_of(mine - known, now)
+        return lacked, tuple(sorted(known - mine))
 
     def rows_of(self, versions: Iterable[int], now: float) -> list[Member]:
         """The rows of these versions, as far as they are still what this table says."""
         wanted = set(versions)
+        if not wanted:
+            return []
         return [row for row in self._told(now) if self._versions[row.node] in wanted]
 
     def _told(self, now: float) -> list[Member]:
@@ -196,6 +216,10 @@ class Membership:
         self._count_out(row.node)
         self._others[row.node] = row
         self._versions[row.node] = version(row)
+        if row.runs:
+            self._trains[row.node] = row
+        else:
+            self._trains.pop(row.node, None)
         if row.state <= State.SUSPECT:
             self._ended_at.pop(row.node, None)
             self.living += 1
@@ -229,6 +253,7 @@ class Membership:
         self._count_out(node)
         del self._others[node], self._versions[node]
         self._ended_at.pop(node, None)
+        self._trains.pop(node, None)
 
     def _forget_one(self) -> bool:
         """Makes room by the member that ended first; the living are never forgotten."""

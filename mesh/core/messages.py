@@ -76,6 +76,10 @@ class Member:
     accusers: tuple[NodeId, ...] = ()
     """of a suspect: who found it silent, each by itself; the ACCUSERS_LIMIT lowest ids, in order"""
 
+    def __hash__(self) -> int:
+        """Rows are kept in caches, and hardly two differ in anything else alone."""
+        return hash((self.node, self.incarnation))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaEntry:

@@ -132,18 +132,31 @@ class Peers:
         contact = self.contacts.failed(event.contact, now, itself=event.itself)
         if contact is None or contact.node in self.contacts.connections:
             return []
+        before, contact.reason = contact.reason, event.reason
         effects: list[ev.Effect] = []
-        if contact.by_hand and contact.reason != event.reason:
-            contact.reason = event.reason
-            text = f"peer {contact.addresses[0]}: {event.reason}"
-            effects.append(ev.Note(text=text, kind="unreached"))
+        if contact.by_hand and before != event.reason:
+            said = f"peer {contact.addresses[0]}: {event.reason}"
+            effects.append(ev.Note(text=said, kind="unreached"))
         member = self.membership.others.get(contact.node) if contact.node else None
         if member is not None and member.state <= State.SUSPECT:
             self.detector.watch(member.node, now)  # others are asked whether they reach it
             if event.refused:
-                found = self.detector.refused(member.node, now, event.reason)
-                effects += self.found(found, now)
+                effects += self.found(self.detector.refused(member.node, now, event.reason), now)
         return effects
+
+    def undialled(self, now: float) -> tuple[tuple[str, Address, str], ...]:
+        """(name, address, why not) of those that mDNS shows and that cannot be reached from here.
+
+        Not of those that the mesh says are gone: mDNS goes on showing them.
+        """
+        found = []
+        for contact in self.contacts.undialled(now):
+            rows = self.membership.others.values()
+            row = next((row for row in rows if row.node.startswith(contact.key)), None)
+            if row is None or row.state is State.ALIVE:
+                name = row.name if row else contact.key[:8]
+                found.append((name, contact.addresses[0], contact.reason))
+        return tuple(found)
 
     def incompatible(self, event: ev.PeerIncompatible, now: float) -> list[ev.Effect]:
         if event.contact is not None:
@@ -186,14 +199,17 @@ class Peers:
             self.reasons.pop(node, None)
         if self.membership.large:
             self.detector.watch_only_connected()
-        others = self.membership.others.values()
-        missing = [m for m in others if m.node not in self.contacts.connections]
-        living = [m for m in missing if m.state <= State.SUSPECT]
-        dead = [m for m in missing if m.state is State.DEAD]
-        if self.membership.large and living:
-            lacking = max(1, DIAL_BELOW - len(self.contacts.connections))
-            living = self._rng.sample(living, min(lacking, len(living)))
-        for member in living + ([self._rng.choice(dead)] if dead else []):
+        others, connected = self.membership.others, self.contacts.connections
+        living = self.membership.living_others()
+        most = len(living)
+        if self.membership.large:
+            most = max(1, DIAL_BELOW - len(connected))
+            # So many that enough of them are not connected: a thousand rows need not be looked at.
+            living = self._rng.sample(living, min(most + len(connected), len(living)))
+        missing = [others[node] for node in living if node not in connected][:most]
+        ended = self.membership.ended_others()
+        dead = [m for m in ended if m.state is State.DEAD and m.node not in connected]
+        for member in missing + ([self._rng.choice(dead)] if dead else []):
             self._look_for(member, now, wanted=True)
 
     def _look_for(self, member: Member, now: float, *, wanted: bool) -> None:
@@ -238,8 +254,7 @@ class Peers:
         if member is not None and member.state is State.ALIVE:
             silent_s = self.detector.silent_for_s(node, now) or 0.0
             self.reasons[node] = f"no answer for {silent_s:.1f} s"
-            text = f"{row.name} ({short(node)}) is suspect: {self.reasons[node]}"
-            effects.append(ev.Note(text=text, kind="suspect", node=node))
+            effects.append(_note(row, f"is suspect: {self.reasons[node]}", "suspect"))
         return effects + self.gossip.news([row]) + self._suspected(row, now, since)
 
     def _suspected(self, row: Member, now: float, since: float) -> list[ev.Effect]:
@@ -255,8 +270,7 @@ class Peers:
         if row is not None:
             self.reasons[node] = reason
             self._news.append(row)
-            text = f"{row.name} ({short(node)}) is dead: {reason}"
-            effects.append(ev.Note(text=text, kind="dead", node=node))
+            effects.append(_note(row, f"is dead: {reason}", "dead"))
             effects += self.gossip.news([row])
         return effects
 
@@ -301,7 +315,7 @@ class Peers:
         # Who is dead here and alive there: a death is told for a while only, so this is how two
         # tables agree later, and how the member itself comes to hear of it and refutes.
         zombies = [row for r in rows if (row := self.membership.ended(r)) is not None]
-        effects = self.gossip.send(source, *pages(zombies))
+        effects = self.gossip.send(source, *pages(zombies)) if zombies else []
         if not news:
             return effects
         if news[0].node == self._me:
@@ -320,14 +334,13 @@ class Peers:
     def _row_changed(self, row: Member, now: float, *, known: bool) -> list[ev.Effect]:
         self._news.append(row)
         connection = self.contacts.connections.get(row.node)
-        label = f"{row.name} ({short(row.node)})"
-        if row.state <= State.SUSPECT and connection is None and not self.membership.large:
+        if connection is None and not self.membership.large and row.state <= State.SUSPECT:
             self._look_for(row, now, wanted=False)
         match row.state:
             case State.ALIVE:
                 self.detector.cleared(row.node)
                 back = self.reasons.pop(row.node, None)
-                return self._came(row, label, known=known, back=back is not None)
+                return self._came(row, known=known, back=back is not None)
             case State.SUSPECT:
                 self.reasons.setdefault(row.node, "no answer, says another member")
                 # It refutes as soon as it hears of it.
@@ -338,13 +351,11 @@ class Peers:
                     # A living connection is better evidence than hearsay: its owner refutes it.
                     return self.gossip.send(row.node, *pages([row]))
                 self.detector.forget(row.node)
-                return [ev.Abandon(node=row.node), *self._hearsay(row, label, known=known)]
+                return [ev.Abandon(node=row.node), *self._hearsay(row, known=known)]
             case State.LEFT:
                 self.detector.forget(row.node)
                 self.contacts.drop(row.node)
-                effects: list[ev.Effect] = []
-                if known:
-                    effects.append(ev.Note(text=f"{label} left", kind="left", node=row.node))
+                effects: list[ev.Effect] = [_note(row, "left", "left")] if known else []
                 if connection is not None:
                     effects.append(ev.Hangup(connection=connection.number, reason="you left"))
                 return effects
@@ -353,20 +364,17 @@ class Peers:
 
     # -------------------------------------------------------------------------------- helpers
 
-    def _came(self, row: Member, label: str, *, known: bool, back: bool) -> list[ev.Effect]:
+    def _came(self, row: Member, *, known: bool, back: bool) -> list[ev.Effect]:
         """In a large mesh nobody is told of each of a thousand newcomers."""
         if back:
-            return [ev.Note(text=f"{label} is alive again", kind="up", node=row.node)]
-        if known or self.membership.large:
-            return []
-        return [ev.Note(text=f"{label} is alive", kind="up", node=row.node)]
+            return [_note(row, "is alive again", "up")]
+        return [] if known or self.membership.large else [_note(row, "is alive", "up")]
 
-    def _hearsay(self, row: Member, label: str, *, known: bool) -> list[ev.Effect]:
+    def _hearsay(self, row: Member, *, known: bool) -> list[ev.Effect]:
         """What another member found; in a large mesh it has said so to whoever asks it."""
         if not known or self.membership.large:
             return []
-        text = f"{label} is dead: {self.reasons[row.node]}"
-        return [ev.Note(text=text, kind="dead", node=row.node)]
+        return [_note(row, f"is dead: {self.reasons[row.node]}", "dead")]
 
     def publish(
         self,
@@ -384,3 +392,8 @@ class Peers:
             return []
         self._stored = spent + INCARNATION_BLOCK
         return [ev.StoreIncarnation(incarnation=self._stored)]
+
+
+def _note(row: Member, what: str, kind: str) -> ev.Note:
+    """Made only where somebody is told: in a large mesh rows change all day long."""
+    return ev.Note(text=f"{row.name} ({short(row.node)}) {what}", kind=kind, node=row.node)

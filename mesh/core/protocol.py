@@ -189,6 +189,7 @@ class MeshProtocol:
             unreached=self.peers.contacts.unreached(),
             local_health=self.peers.detector.health.score,
             fingerprint=self.peers.membership.fingerprint,
+            undialled=self.peers.undialled(now),
         )
 
     # ------------------------------------------------------------------------------- messages

@@ -79,6 +79,11 @@ class _Answering:
     latest: Question
     pages: list[tuple[str, ...]] | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Its last page went out; it is kept only in case that was lost on its way."""
+        return self.pages is not None and self.latest.page == len(self.pages) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
@@ -182,8 +187,7 @@ class Questions:
                 return []  # the same one, by another way
             answering.latest, answering.neighbour = question, neighbour
             return self._answer_page(answering, now)
-        held = sum(one.neighbour == neighbour for one in self._answering.values())
-        if question.page or held >= ANSWERING_EACH or len(self._answering) >= ANSWERING_LIMIT:
+        if question.page or not self._has_room(neighbour):
             return []
         self._answering[key] = _Answering(neighbour, now + PASSED_S, question)
         return [
@@ -194,6 +198,20 @@ class Questions:
                 arguments=question.arguments,
             )
         ]
+
+    def _has_room(self, neighbour: NodeId) -> bool:
+        """Whether one more may be answered for it; answers that went out whole make room."""
+        mine = [key for key, one in self._answering.items() if one.neighbour == neighbour]
+        if len(mine) >= ANSWERING_EACH:
+            crowded = mine
+        elif len(self._answering) >= ANSWERING_LIMIT:
+            crowded = list(self._answering)
+        else:
+            return True
+        whole = next((key for key in crowded if self._answering[key].whole), None)
+        if whole is not None:
+            del self._answering[whole]
+        return whole is not None
 
     def performed(self, event: ev.Performed, now: float) -> list[ev.Effect]:
         """This node has its answer ready."""

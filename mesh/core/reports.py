@@ -1,15 +1,14 @@
 """How the runs do on other nodes: figures for people, handed on beside the probes.
 
 Rules: 1. They decide nothing; a wrong one misleads nobody but a reader. 2. A probe and its answer
-carry REPORTS_LIMIT of them at most, those that this node told least often (as SWIM picks its news),
-so what it costs stays flat with the number of nodes, and figures cross a mesh of a hundred in some
-seconds. 3. Only what the table knows is kept: a living member, and a run that its row names.
+carry REPORTS_LIMIT of them at most, in turn: what it costs stays flat with the number of nodes, and in
+a mesh of a hundred they are about ten seconds old. (To tell what was told least often, as SWIM picks
+its news, starves some where each second brings more news than fits.) 3. Only what the table knows is kept: a living member, and a run that its row names.
 A report's trip: Posted -> publish() -> a Ping or an Ack comes -> news() -> Reports -> the peer's heard() -> of().
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from heapq import nsmallest
 
 from mesh.core.for_people import REPORTS_LIMIT, Figures, Report, Reports
 from mesh.core.membership import Membership
@@ -50,24 +49,36 @@ class ReportTable:
 
     def heard(self, reports: Iterable[Report], now: float) -> None:
         """What another node knows."""
+        own = self._membership.own.node
         for report in reports:
             held = self._kept.get(report.node, {}).get(report.run)
-            if held is not None and held.report.serial >= report.serial:
+            if report.node == own or (held is not None and held.report.serial >= report.serial):
                 continue
-            if self._trains(report.node, report.run) and (held or self._count < REPORTS_KEPT):
+            if not self._trains(report.node, report.run) or self._invented(report):
+                continue
+            if held is not None or self._count < REPORTS_KEPT:
                 self._keep(report, now - report.age_ms / 1000)
+
+    def _invented(self, report: Report) -> bool:
+        """Whether its serial is beyond what its owner can have come to: it would never be replaced."""
+        row = self._membership.others[report.node]
+        return report.serial >> 32 > row.incarnation
 
     def news(self, now: float) -> Reports | None:
         """What to tell next; None if everything was told often enough."""
         self._renew(now)
-        kept = (kept for runs in self._kept.values() for kept in runs.values())
-        fresh = nsmallest(
-            REPORTS_LIMIT, (k for k in kept if k.told < TELLINGS), key=lambda k: k.told
-        )
-        for one in fresh:
-            one.told += 1
+        told: list[_Kept] = []
+        for node in list(self._kept):
+            news = [kept for kept in self._kept[node].values() if kept.told < TELLINGS]
+            if len(told) + len(news) > REPORTS_LIMIT:
+                break
+            if news:
+                told += news
+                self._kept[node] = self._kept.pop(node)  # behind all others
+        for kept in told:
+            kept.told += 1
         reports = tuple(
-            replace(one.report, age_ms=max(0, round(1000 * (now - one.since)))) for one in fresh
+            replace(one.report, age_ms=max(0, round(1000 * (now - one.since)))) for one in told
         )
         return Reports(reports=reports) if reports else None
 

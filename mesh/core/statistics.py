@@ -40,3 +40,5 @@ class ProtocolStatistics:
     """0: well; up to 7: this node runs late or hears badly, and waits longer before it accuses"""
     fingerprint: int
     """of the living rows: equal on two nodes whose tables agree"""
+    undialled: tuple[tuple[str, Address, str], ...]
+    """who mDNS shows and this node cannot reach: name, or id where that is all that is known; why"""

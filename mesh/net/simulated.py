@@ -30,7 +30,8 @@ SYN_PAUSES_S: Final = (1.0, 2.0, CONNECT_S - 3.0)
 """Linux sends a SYN again after 1 s, then 2 s; the third pause is what is left of CONNECT_S."""
 
 ANNOUNCE_S: Final = 10.0
-"""How often a node asks again who is there; zeroconf's browser asks after 1, 2, 4, 8.. seconds."""
+"""When a node asks first who else is there, then after twice as long each time; zeroconf's browser asks
+after 1, 2, 4, 8.. seconds, up to an hour."""
 
 HEARD: Final = 40
 HEARD_AGAIN: Final = 4
@@ -265,7 +266,7 @@ class SimulatedDiscovery:
     ) -> None:
         network = self._network
         process = network.processes[self._node]
-        heard = HEARD
+        heard, pause_s = HEARD, ANNOUNCE_S
         try:
             while not process.gone:
                 own = Candidate(addresses=listening(), hint=self._node[:16])
@@ -273,8 +274,9 @@ class SimulatedDiscovery:
                 self._swap(own, found, heard)
                 network.seekers[self._node] = _Seeker(process=process, found=found, own=own)
                 heard = HEARD_AGAIN
-                with trio.move_on_after(ANNOUNCE_S):
+                with trio.move_on_after(pause_s):
                     await process.moved.wait()
+                pause_s *= 2
                 await process.awake()
         finally:
             network.forget_seeker(process)

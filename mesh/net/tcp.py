@@ -44,6 +44,9 @@ CONNECT_S: Final = 5.0
 NAME_ADDRESSES_LIMIT: Final = 4
 """Addresses of one name that are tried, one after the other, within CONNECT_S."""
 
+NO_SUCH_NAME: Final = -1
+"""StreamLost.errno where a name leads nowhere; the operating system's own are positive."""
+
 USER_TIMEOUT_MS: Final = 5000
 """TCP_USER_TIMEOUT: a cut cable is an error after 6 s; Linux alone would wait 15 minutes."""
 
@@ -233,7 +236,9 @@ class TcpTransport:
                 address.host, address.port, type=socket.SOCK_STREAM
             )
         except (OSError, UnicodeError) as error:
-            raise StreamLost(f"{address}: {text_of(error)}") from None
+            unknown = StreamLost(f"{address}: {text_of(error)}")
+            unknown.errno = NO_SUCH_NAME
+            raise unknown from None
         code = 0
         for family, kind, protocol, _, where in found[:NAME_ADDRESSES_LIMIT]:
             try:
@@ -250,7 +255,9 @@ class TcpTransport:
                 return connection
             connection.close()
         kind_of = ConnectionRefused if code == errno.ECONNREFUSED else StreamLost
-        raise kind_of(f"{address}: {os.strerror(code).lower()}")
+        lost = kind_of(f"{address}: {os.strerror(code).lower()}")
+        lost.errno = code
+        raise lost
 
     async def _handshake(
         self, connection: socket.socket, context: ssl.SSLContext, *, server_side: bool
