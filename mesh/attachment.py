@@ -29,10 +29,17 @@ LAST_RETRY_S: Final = 30.0
 class Attachment:
     """One training's tie to a node, through the deaths of either."""
 
-    def __init__(self, tensors: Tensors, settings: NodeSettings, request: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        settings: NodeSettings,
+        request: dict[str, Any],
+        clock: StepClock | None = None,
+    ) -> None:
         """Attaches and waits for the first weights, which are in the model then. Raises MeshError.
 
-        `request` is what the training says of itself to every node that it attaches to.
+        `request` is what the training says of itself to every node that it attaches to; `clock` that
+        of a training that was saved and goes on.
         """
         self._tensors = tensors
         self._settings = settings
@@ -44,7 +51,7 @@ class Attachment:
         """other replicas have met this one: what it holds is the mesh's"""
         self.session: Session | None = None
         """None while the node is gone"""
-        self.clock = StepClock()
+        self.clock = clock or StepClock()
         """the mesh clock; it goes on by itself while the node is gone"""
         self.began: str | None = None
         """how the run got its first weights"""
