@@ -3,6 +3,9 @@
     mesh run examples/digits.py --shard 1/2        # machine 1 trains on the digits 0 2 4 6 8
     mesh run examples/digits.py --shard 2/2        # machine 2 trains on the digits 1 3 5 7 9
 
+    mesh sim -n 5 --evaluate evaluate examples/digits.py --shard {rank}/{nodes} --steps 400
+                                                   # five virtual machines in one process
+
 Shard i of n holds the digits i - 1, i - 1 + n, ...; i counts from 1, and 1/1, the default, is all ten.
 Both end with one model that reads all ten digits; alone, each would at best know its own. Printed is
 the accuracy on test digits of all ten classes, of the mesh's averaged weights and of this machine's.
@@ -10,6 +13,7 @@ What makes a training loop part of a mesh is marked (1) and (2); the rest is an 
 """
 
 import argparse
+import functools
 import sys
 import time
 
@@ -23,6 +27,7 @@ BATCH = 32
 REPORT_S = 2.0
 
 
+@functools.cache
 def load(shard):
     """(x, y) to train on: this shard's classes; (x, y) to test on: all classes, on every machine."""
     i, n = shard
@@ -37,6 +42,12 @@ def load(shard):
 @torch.no_grad()
 def accuracy(model, x, y):
     return (model(x).argmax(1) == y).float().mean().item()
+
+
+def evaluate(model):
+    """For `mesh sim --evaluate evaluate`."""
+    _, _, test_x, test_y = load((1, 1))
+    return accuracy(model, test_x, test_y)
 
 
 def parse_shard(text):
@@ -88,8 +99,11 @@ def train(node, model, optimizer, data, arguments):
 
         step += 1
         now = time.monotonic()
-        done = step / arguments.steps if arguments.steps else (now - began) / arguments.seconds
-        if now >= report_at:
+        if arguments.steps:
+            done, due = step / arguments.steps, step % max(1, arguments.steps // 10) == 0
+        else:
+            done, due = (now - began) / arguments.seconds, now >= report_at
+        if due and done < 1:
             report()
             report_at = time.monotonic() + REPORT_S
     report()

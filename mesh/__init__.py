@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NodeRefused,
         NodeTimeout,
         PeersMissing,
+        ScriptFailed,
         UsageError,
     )
     from mesh.identity import (
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
         rename,
     )
     from mesh.launch import NodeProcess, make_mesh_if_none, start_node
+    from mesh.learning import simulate
+    from mesh.learning_report import LearningReport
     from mesh.momentum import QuasiGlobalSGD
     from mesh.places import state_directory
     from mesh.process import run_node
     from mesh.pulled import PulledModel, PullProgress, pull_model
     from mesh.settings import NodeSettings, parse_address
-    from mesh.simulation import SimulationReport, simulate
+    from mesh.simulated_script import simulate_script
+    from mesh.simulation import SimulationReport, simulate_faults
     from mesh.surroundings import Announcement, Interface, Outcome, Surroundings
     from mesh.training import JoinedNode, join
 
@@ -80,10 +84,13 @@ _HOMES = {
     "start_node": "launch",
     "NodeProcess": "launch",
     "run_node": "process",
+    "simulate": "learning",
+    "simulate_script": "simulated_script",
+    "LearningReport": "learning_report",
+    "simulate_faults": "simulation",
     "pull_model": "pulled",
     "PulledModel": "pulled",
     "PullProgress": "pulled",
-    "simulate": "simulation",
     "SimulationReport": "simulation",
     "MeshError": "errors",
     "UsageError": "errors",
@@ -92,6 +99,7 @@ _HOMES = {
     "NodeTimeout": "errors",
     "IdentityError": "errors",
     "PeersMissing": "errors",
+    "ScriptFailed": "errors",
 }
 
 __all__ = [
@@ -101,6 +109,7 @@ __all__ = [
     "IdentityError",
     "Interface",
     "JoinedNode",
+    "LearningReport",
     "MeshError",
     "NodeNotRunning",
     "NodeProcess",
@@ -113,6 +122,7 @@ __all__ = [
     "PulledModel",
     "QuasiGlobalSGD",
     "RunningNode",
+    "ScriptFailed",
     "SimulationReport",
     "Statistics",
     "Surroundings",
@@ -137,6 +147,8 @@ __all__ = [
     "run_node",
     "running_nodes",
     "simulate",
+    "simulate_faults",
+    "simulate_script",
     "start_node",
     "state_directory",
 ]

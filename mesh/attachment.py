@@ -7,12 +7,13 @@ A life: Attachment() -> a node that runs, or one of our own -> `session` -> the 
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mesh.checkpoint import CheckpointInfo
-from mesh.client import ask, node_of_state
+from mesh.client import LocalSocket, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.launch import NodeProcess, make_mesh_if_none, start_node
 from mesh.session import LOCAL_S, Session, StepClock
@@ -85,13 +86,7 @@ class Attachment:
         self.began: str | None = None
         """how the run got its first weights"""
         try:
-            try:
-                running = node_of_state(settings.state)
-            except NodeNotRunning:
-                make_mesh_if_none(settings)
-                self._process = start_node(settings)
-                running = self._process.running
-            self._attach(running.control, BEGIN_S)
+            self._begin()
         except BaseException:
             self.close()
             raise
@@ -162,7 +157,8 @@ class Attachment:
             return
         self.clock.posted(step)
         try:
-            self._attach(node_of_state(self._settings.state).control, LOCAL_S)
+            control = node_of_state(self._settings.state).control
+            self._attach(LocalSocket(control, LOCAL_S), LOCAL_S)
         except MeshError:
             self._retry_s = min(LAST_RETRY_S, 2 * self._retry_s)
             self._retry_at = time.monotonic() + self._retry_s
@@ -181,9 +177,28 @@ class Attachment:
                 self._process.stop()
                 self._process = None
 
-    def _attach(self, control: str, begin_s: float) -> None:
+    def now(self) -> float:
+        """Seconds that pass for this training."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def stepped(self, loss: float | None) -> None:
+        """A step of the training is over. A laboratory counts it, and lets virtual time pass."""
+
+    def _begin(self) -> None:
+        try:
+            running = node_of_state(self._settings.state)
+        except NodeNotRunning:
+            make_mesh_if_none(self._settings)
+            self._process = start_node(self._settings)
+            running = self._process.running
+        self._attach(LocalSocket(running.control, LOCAL_S), BEGIN_S)
+
+    def _attach(self, link: LocalSocket, begin_s: float) -> None:
         session, how = Session.attach(
-            control,
+            link,
             {
                 **self._request,
                 "started": self._begun,
@@ -207,3 +222,7 @@ class Attachment:
             self._met = self.met
             self.session.close()
             self.session = None
+
+
+ATTACH: Final[ContextVar[Callable[..., Attachment]]] = ContextVar("attach", default=Attachment)
+"""What join() attaches with: in a laboratory (mesh/laboratory.py) to a virtual node of its own."""

@@ -57,6 +57,10 @@ class LocalSocket:
             self._socket.close()
             raise NodeNotRunning(f"no node answers at {control}: {error.strerror}") from None
 
+    def now(self) -> float:
+        """Seconds on the clock that timeouts are measured by; in a laboratory it is a virtual one."""
+        return time.monotonic()
+
     def send(self, **fields: Any) -> None:
         """Raises NodeNotRunning if the node is gone."""
         try:
@@ -100,10 +104,10 @@ class LocalSocket:
 
         Raises NodeTimeout; UsageError, NodeRefused or another MeshError as the node says it.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = self.now() + timeout_s
         self.send(**fields, **({"progress": True} if on_progress else {}))
         while True:
-            answer = self.receive(max(0.0, deadline - time.monotonic()))
+            answer = self.receive(max(0.0, deadline - self.now()))
             if answer is None:
                 raise NodeTimeout(f"the node did not answer within {timeout_s:g} s: is it stopped?")
             progress = answer.get("progress")

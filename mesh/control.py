@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -42,6 +42,14 @@ MODEL_LIMIT_ENTRIES: Final = 2**33
 
 LOSS_LIMIT: Final = 1e300
 DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
+
+
+class Lines(Protocol):
+    """A training's connection as the node has it; in a laboratory there is no socket under it."""
+
+    async def receive(self) -> Request | None: ...
+
+    async def send(self, answer: dict[str, Any], descriptor: int | None = None) -> None: ...
 
 
 class Control:
@@ -80,7 +88,7 @@ class Control:
         try:
             while (request := await lines.receive()) is not None:
                 if request.get("op") == "attach":
-                    await self._attach(lines, request)
+                    await self.attach(lines, request)
                     return
                 if request.get("op") == "pull":
                     await self._pull(lines, request)
@@ -149,7 +157,8 @@ class Control:
 
     # -------------------------------------------------------------------------------- trainings
 
-    async def _attach(self, lines: "_Lines", request: Request) -> None:
+    async def attach(self, lines: Lines, request: Request) -> None:
+        """Serves one training, which asked for it, until its connection ends."""
         try:
             spec = _spec(request)
             self._node.check_run(spec)
@@ -192,7 +201,7 @@ class Control:
         await lines.send({"event": "detached"})
 
     async def _tell_training(
-        self, lines: "_Lines", take: trio.MemoryReceiveChannel[dict[str, Any]]
+        self, lines: Lines, take: trio.MemoryReceiveChannel[dict[str, Any]]
     ) -> None:
         try:
             async for event in take:
@@ -200,7 +209,7 @@ class Control:
         except OSError:
             pass  # _serve_training sees the end of the same connection
 
-    async def _serve_training(self, lines: "_Lines", run: Run) -> bool:
+    async def _serve_training(self, lines: Lines, run: Run) -> bool:
         """Until the training detaches (True) or its connection ends (False)."""
         try:
             while (request := await lines.receive()) is not None:

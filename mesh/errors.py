@@ -67,6 +67,18 @@ class PeerTimeout(StreamLost):
     """A peer accepted a connection, then did not do its part in time."""
 
 
+class ScriptFailed(MeshError):
+    """A script that was simulated ended with an error: the message is its traceback."""
+
+    code = "script"
+    hint = "the traceback is the script's own"
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """`exit_code`: what its process would have ended with."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class ProtocolError(MeshError):
     """A rule of the protocol was broken; see the two children for by whom."""
 

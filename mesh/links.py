@@ -49,6 +49,8 @@ neighbours is probed twice a minute, eight times less often by a node that runs 
 FLUSH_S: Final = 1.0
 """How long a connection may take to say its last words."""
 
+CONTROL_MESSAGES: Final = get_args(ControlMessage)
+
 STAGGER_S: Final = 0.1
 """Between dials of one contact's addresses: the first that leads to a peer wins."""
 
@@ -296,7 +298,7 @@ class Links:
         try:
             while True:
                 message, _ = await reader.message(timeout_s=SILENT_S)
-                if not isinstance(message, get_args(ControlMessage)):
+                if not isinstance(message, CONTROL_MESSAGES):
                     raise RemoteProtocolError(f"{type(message).__name__} on a control connection")
                 if isinstance(message, Refusal):
                     link.told = True

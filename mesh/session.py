@@ -5,7 +5,6 @@ between (replica.HandOver is its side of the same rule).
 """
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -70,18 +69,17 @@ class Session:
     @classmethod
     def attach(
         cls,
-        control: str,
+        link: LocalSocket,
         request: dict[str, Any],
         fill: Callable[[Floats], None],
         begin_s: float,
         clock: StepClock,
     ) -> tuple[Self, str]:
-        """Attaches to the node at `control`; waits at most begin_s for the run's first weights.
+        """Attaches to the node behind `link`; waits at most begin_s for the run's first weights.
 
         `fill` writes the training's own weights, `clock` is kept up to date. Returns the session, with the first weights in
         `offered`, and how they came: alone, first, donor or again. Raises MeshError.
         """
-        link = LocalSocket(control, LOCAL_S)
         session: Self | None = None
         try:
             answer = link.request(LOCAL_S, op="attach", **request)
@@ -97,8 +95,8 @@ class Session:
             raise
 
     def _wait_for_begun(self, run: str, begin_s: float) -> str:
-        deadline = time.monotonic() + begin_s
-        while time.monotonic() < deadline:
+        deadline = self.link.now() + begin_s
+        while self.link.now() < deadline:
             event = self.link.receive(min(REPORT_S, begin_s)) or {}
             match event.get("event"):
                 case None:
@@ -113,9 +111,9 @@ class Session:
 
     def take_events(self, timeout_s: float) -> bool:
         """Reads what the node said; waits at most timeout_s for an offer. True if one is in hand."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self.link.now() + timeout_s
         while not self.holding:
-            event = self.link.receive(max(0.0, deadline - time.monotonic()))
+            event = self.link.receive(max(0.0, deadline - self.link.now()))
             if event is None:
                 break
             match event.get("event"):
@@ -161,8 +159,8 @@ class Session:
     def detach(self) -> None:
         """Ends the attachment politely; waits until the node has dropped the run."""
         self.link.send(op="detach")
-        deadline = time.monotonic() + LOCAL_S
-        while time.monotonic() < deadline:
+        deadline = self.link.now() + LOCAL_S
+        while self.link.now() < deadline:
             event = self.link.receive(LOCAL_S)
             if event is None or event.get("event") == "detached":
                 break

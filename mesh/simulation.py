@@ -1,7 +1,7 @@
 """One seed decides a whole life of a mesh: the deployed nodes, under faults, then healed.
 
-A run's trip: simulate() -> run_seeded() -> phase 1: machines start, train and are struck by faults
-while every turn of every node is checked -> phase 2: everything heals, and within HEAL_S all nodes
+A run's trip: simulate_faults() -> run_seeded() -> phase 1: machines start, train and are struck by
+faults while every turn of every node is checked -> phase 2: everything heals, and within HEAL_S all nodes
 agree on who lives and on the weights -> SimulationReport. Two phases as in TigerBeetle's VOPR. Rules: 1. Time
 is virtual and tasks run in an order drawn from the seed, so a seed replays exactly. 2. The first
 violation ends the run.
@@ -57,7 +57,7 @@ class SimulationReport:
     """faults, exchanges, deaths, by name"""
 
 
-def simulate(
+def simulate_faults(
     seed: int,
     *,
     nodes: int = 8,

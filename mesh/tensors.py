@@ -32,7 +32,7 @@ class Tensors:
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Raises UsageError for a model that cannot be averaged."""
-        self._model = model
+        self.model = model
         self._tensors = _floating(model)
         if not self._tensors:
             raise UsageError("the model has no floating-point parameters: nothing can be averaged")
@@ -74,7 +74,7 @@ class Tensors:
 
     def check(self) -> None:
         """Raises UsageError if the model's layers were replaced, resized, added or removed."""
-        now = _floating(self._model)
+        now = _floating(self.model)
         for name, tensor in self._tensors.items():
             if now.get(name) is not tensor:
                 what = "is gone" if name not in now else "was replaced"

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +24,7 @@ from typing import Any, Final, Self
 import torch
 
 from mesh import batchnorm
-from mesh.attachment import Attachment, Statistics
+from mesh.attachment import ATTACH, Attachment, Statistics
 from mesh.autosave import Autosave
 from mesh.codec import EXACT, check_codec
 from mesh.core.strategies import PAIR, check_strategy, usual_every
@@ -104,7 +103,7 @@ def join(
     autosave = None if checkpoint is None else Autosave(checkpoint, run, checkpoint_every)
     try:
         keeper = Keeper(model, optimizer, autosave)
-        attachment = Attachment(tensors, settings, request, resumed=keeper.resumed)
+        attachment = ATTACH.get()(tensors, settings, request, resumed=keeper.resumed)
     except BaseException:
         if autosave:
             autosave.close()
@@ -198,6 +197,7 @@ class JoinedNode:
         self._samples += int(samples or 0)
         if loss is not None:
             self._loss = float(loss)
+        self._attachment.stepped(loss)
         self._average()
         self._keeper.step(**self._figures())
 
@@ -257,16 +257,16 @@ class JoinedNode:
         Raises PeersMissing (a TimeoutError) after `timeout` seconds, NodeNotRunning if alone.
         """
         self._check_open()
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else self._attachment.now() + timeout
         while (found := self.statistics().peers) < n:
-            if time.monotonic() >= deadline:
+            if self._attachment.now() >= deadline:
                 raise PeersMissing(
                     f"{found} of {n} peers train run {self.run!r} after {timeout:g} s; "
                     "`mesh peers` shows who is there and why others are not"
                 )
             if self._attachment.session is None:
                 raise NodeNotRunning("the node is gone: `mesh up` starts one")
-            time.sleep(POLL_S)
+            self._attachment.sleep(POLL_S)
         return True
 
     def statistics(self) -> Statistics:

@@ -175,6 +175,21 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _sim(arguments: argparse.Namespace) -> int:
+    if arguments.script is not None:
+        from nodes import learn
+
+        return learn.run(
+            learn.Lesson(
+                script=arguments.script,
+                arguments=tuple(arguments.args),
+                nodes=arguments.nodes,
+                seed=arguments.seed,
+                strategies=tuple(filter(None, arguments.strategies.split(","))),
+                evaluate=arguments.evaluate,
+                out=arguments.out,
+                as_json=arguments.json,
+            )
+        )
     from nodes import sim
 
     return sim.run(
@@ -298,7 +313,9 @@ COMMANDS = {
     "version": Command(
         "which version this is, and which one the node runs", flags.as_json, _version
     ),
-    "sim": Command("simulated meshes live under faults, each from one seed", flags.sim, _sim),
+    "sim": Command(
+        "simulated meshes: under faults, each from one seed; or training a script", flags.sim, _sim
+    ),
 }
 
 

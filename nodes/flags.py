@@ -220,13 +220,32 @@ def sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="COUNT", help="how many (default 1)"
     )
-    parser.add_argument("--nodes", type=int, default=8, help="how many (default 8)")
+    parser.add_argument("-n", "--nodes", type=int, default=8, help="how many (default 8)")
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="of virtual time under faults (default 4)"
     )
     parser.add_argument("--no-faults", action="store_true", help="nothing goes wrong")
     parser.add_argument("--trace", action="store_true", help="print every event and effect")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument(
+        "--strategies", default="", metavar="A,B", help="run SCRIPT by each of them, side by side"
+    )
+    parser.add_argument(
+        "--evaluate", metavar="NAME", help="a function of SCRIPT: evaluate(model) -> accuracy"
+    )
+    parser.add_argument("-o", "--out", metavar="FILE", help="draw SCRIPT's curves (matplotlib)")
+    parser.add_argument(
+        "script",
+        metavar="SCRIPT",
+        nargs="?",
+        help="train this script on the virtual nodes, without faults, instead",
+    )
+    parser.add_argument(
+        "args",
+        metavar="ARGS",
+        nargs=argparse.REMAINDER,
+        help="for SCRIPT; {rank} and {nodes} become each node's own",
+    )
 
 
 def settings(arguments: argparse.Namespace) -> "mesh.NodeSettings":

@@ -1,7 +1,7 @@
 """`mesh sim`: lives of simulated meshes, one for each seed, on all cores.
 
-A seed's trip: run() -> a worker process -> mesh.simulate() -> its report -> one line of the table, or
-the first failure: what was violated, the last lines of its trace, and the command that replays it.
+A seed's trip: run() -> a worker process -> mesh.simulate_faults() -> its report -> one line of the
+table, or the first failure: what was violated, the last lines of its trace, and the command that replays it.
 """
 
 import json
@@ -92,7 +92,7 @@ def _reports(order: Order) -> Iterator[mesh.SimulationReport]:
 
 def live(order: Order) -> mesh.SimulationReport:
     """One seed; runs in a worker."""
-    return mesh.simulate(
+    return mesh.simulate_faults(
         order.seed,
         nodes=order.nodes,
         seconds=order.seconds,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh.simulation import simulate
+from mesh.simulation import simulate_faults
 from tests.mutants import MUTANTS
 
 SEEDS = 200
@@ -14,7 +14,7 @@ def test_the_simulator_catches(name):
     mutant = MUTANTS[name]
     with mutant.planted():
         for seed in range(mutant.first_seed, SEEDS):
-            report = simulate(seed, nodes=6, seconds=12.0)
+            report = simulate_faults(seed, nodes=6, seconds=12.0)
             if report.failure is not None:
                 break
         else:

@@ -15,7 +15,7 @@ from mesh import simulated_mesh, simulation
 from mesh.codec import NAMES, Float32
 from mesh.core.exchange import Initiation
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
-from mesh.simulation import simulate
+from mesh.simulation import simulate_faults
 from tests.mesh_in_memory import run_seeded
 from tests.schemas import fits
 
@@ -40,7 +40,7 @@ def test_one_seed_is_one_life_in_every_process_whatever_the_order_of_hashes():
     [first], [second] = (fits(life, "mesh.sim/1")["seeds"] for life in lives)
     assert first["digest"] == second["digest"]
     assert lives[0]["happened"] == lives[1]["happened"]
-    assert first["digest"] != simulate(12, seconds=8.0).digest
+    assert first["digest"] != simulate_faults(12, seconds=8.0).digest
 
 
 @pytest.mark.timeout(400)
@@ -67,17 +67,17 @@ def test_many_lives_of_a_mesh_pass_under_every_fault_on_all_cores():
 
 
 def test_without_faults_nobody_is_called_dead():
-    report = simulate(3, seconds=30.0, faults=False)
+    report = simulate_faults(3, seconds=30.0, faults=False)
     assert report.failure is None
     assert report.happened.get("death called", 0) == 0
 
 
 def test_a_failing_seed_is_told_with_its_last_lines_and_the_command_that_replays_it(monkeypatch):
     monkeypatch.setattr(Initiation, "next_to_send", lambda self: min(self.sent, self.fragments - 1))
-    report = simulate(1, nodes=4, seconds=5.0)
+    report = simulate_faults(1, nodes=4, seconds=5.0)
     assert report.failure is not None
     assert 0 < len(report.trace) <= 50
-    again = simulate(1, nodes=4, seconds=5.0)
+    again = simulate_faults(1, nodes=4, seconds=5.0)
     assert (again.failure, again.trace, again.digest) == (
         report.failure,
         report.trace,
@@ -86,7 +86,7 @@ def test_a_failing_seed_is_told_with_its_last_lines_and_the_command_that_replays
 
 
 def test_a_mesh_of_one_node_lives():
-    assert simulate(5, nodes=1, seconds=5.0).failure is None
+    assert simulate_faults(5, nodes=1, seconds=5.0).failure is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -99,7 +99,7 @@ def test_a_mesh_whose_trainings_use_different_codecs_lives_under_faults(seed, mo
         simulated_mesh, "Player", lambda x, **how: player(x, codec=next(names), **how)
     )
     monkeypatch.setattr(simulation, "AGREED", 0.01)
-    assert simulate(seed).failure is None
+    assert simulate_faults(seed).failure is None
 
 
 # ---------------------------------------------------------------------- each check of the ledger

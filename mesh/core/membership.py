@@ -98,6 +98,8 @@ class Membership:
 
     def living_others(self) -> list[NodeId]:
         """All that are alive or suspect here, this node aside."""
+        if not self._ended_at:
+            return list(self._others)
         return [node for node in self._others if node not in self._ended_at]
 
     def ended_others(self) -> list[Member]:

@@ -1,0 +1,126 @@
+"""The rows of benchmarks/learning.py: how each trains, how good it has to be, at which rate."""
+
+from dataclasses import dataclass
+
+import mesh
+from mesh.conditions import REFERENCES
+from mesh.core.strategies import STRATEGIES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to train, and how far below one place it may end, in points of accuracy."""
+
+    name: str
+    strategy: str = "pair"
+    every: int = 8
+    momentum: bool = False
+    """quasi-global"""
+    codec: str = "f32"
+    lost: float = 0.0
+    replaced: float = 0.0
+    attackers: int = 0
+    speeds: bool = False
+    goals: tuple[tuple[str, str, float], ...] = ()
+    """(split, averaged or worst, points)"""
+    transfers: float | None = None
+    """models that a node should send, about"""
+    tuned_as: str = ""
+    """the row whose rates this one takes: the same training under other conditions"""
+
+
+def within(
+    iid: float | None = None, dirichlet: float | None = None, worst: float | None = None
+) -> tuple[tuple[str, str, float], ...]:
+    goals = (("iid", "averaged", iid), ("dirichlet", "averaged", dirichlet))
+    wanted = (*goals, ("dirichlet", "worst", worst))
+    return tuple((split, what, points) for split, what, points in wanted if points is not None)
+
+
+ROWS = (
+    Row(name="one place, same samples", strategy="one-place", transfers=1500),
+    Row(name="alone", strategy="alone", transfers=0),
+    Row(name="pair, every 1", every=1, goals=within(0.5, 0.7), transfers=800),
+    Row(name="pair, every 8", goals=within(0.5, 2.5), transfers=100),
+    Row(name="pair, every 16", every=16, transfers=100),
+    Row(
+        name="pair + quasi-global momentum, every 8",
+        momentum=True,
+        goals=within(0.5, 1.0, 1.5),
+        transfers=100,
+    ),
+    Row(
+        name="the same, int8",
+        momentum=True,
+        codec="int8",
+        goals=within(0.5, 1.0),
+        transfers=25,
+        tuned_as="pair + quasi-global momentum, every 8",
+    ),
+    Row(
+        name="the same, 10 % lost, 20 % replaced",
+        momentum=True,
+        lost=0.1,
+        replaced=0.2,
+        goals=within(0.5, 1.5),
+        transfers=100,
+        tuned_as="pair + quasi-global momentum, every 8",
+    ),
+    Row(name="pair, every 8, int8", codec="int8", tuned_as="pair, every 8"),
+    Row(
+        name="pair, every 8, 10 % lost, 20 % replaced",
+        lost=0.1,
+        replaced=0.2,
+        tuned_as="pair, every 8",
+    ),
+    Row(
+        name="pair, every 8, speeds 10x apart",
+        speeds=True,
+        goals=within(0.5),
+        tuned_as="pair, every 8",
+    ),
+    Row(name="outer, every 25", strategy="outer", every=25, goals=within(0.5, 5), transfers=32),
+    Row(name="2 of 16 flip their sign: pair", attackers=2, transfers=300, tuned_as="pair, every 8"),
+    Row(
+        name="2 of 16 flip their sign: clip",
+        strategy="clip",
+        attackers=2,
+        goals=within(1, 8),
+        transfers=300,
+    ),
+)
+
+RATES: dict[tuple[str, str], float] = {
+    ("one place, same samples", "iid"): 0.8,  # 0.1:0.1184 0.2:0.0695 0.4:0.0351 0.8:0.0118
+    ("one place, same samples", "dirichlet"): 0.8,  # 0.1:0.1262 0.2:0.0783 0.4:0.0443 0.8:0.0153
+    ("alone", "iid"): 0.4,  # 0.1:0.2263 0.2:0.1951 0.4:0.1817 0.8:0.3889
+    ("alone", "dirichlet"): 0.4,  # 0.1:1.6569 0.2:1.5728 0.4:1.4827 0.8:1.8841
+    ("pair, every 1", "iid"): 0.8,  # 0.1:0.1188 0.2:0.0688 0.4:0.0318 0.8:0.0128
+    ("pair, every 1", "dirichlet"): 0.8,  # 0.1:0.2127 0.2:0.1315 0.4:0.0787 0.8:0.0427
+    ("pair, every 8", "iid"): 0.8,  # 0.1:0.1224 0.2:0.0764 0.4:0.0454 0.8:0.0236
+    ("pair, every 8", "dirichlet"): 0.8,  # 0.1:0.3661 0.2:0.2557 0.4:0.1871 0.8:0.1393
+    ("pair, every 16", "iid"): 0.8,  # 0.1:0.1260 0.2:0.0826 0.4:0.0552 0.8:0.0368
+    ("pair, every 16", "dirichlet"): 0.8,  # 0.1:0.4317 0.2:0.3147 0.4:0.2347 0.8:0.2125
+    ("outer, every 25", "iid"): 0.4,
+    ("outer, every 25", "dirichlet"): 0.4,
+    ("2 of 16 flip their sign: clip", "iid"): 0.4,
+    ("2 of 16 flip their sign: clip", "dirichlet"): 0.2,
+    ("pair + quasi-global momentum, every 8", "iid"): 0.2,
+    ("pair + quasi-global momentum, every 8", "dirichlet"): 0.2,
+}
+"""(row, split) -> rate, as --tune prints them; rows that are not here take RATE."""
+
+RATE = 0.2
+
+
+def rate_of(row: Row, split: str) -> float:
+    return RATES.get((row.tuned_as or row.name, split), RATE)
+
+
+def missing(row: Row) -> str | None:
+    """Why this row cannot be run, if it cannot."""
+    if row.strategy not in (*STRATEGIES, *REFERENCES):
+        return f"strategy {row.strategy!r} is not there yet"
+    if row.momentum and "QuasiGlobalSGD" not in mesh.__all__:
+        return "mesh.QuasiGlobalSGD is not there yet"
+    return None
