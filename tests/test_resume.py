@@ -102,6 +102,13 @@ def test_a_training_that_crashed_resumes_by_itself_and_averages_with_the_mesh(
             until(lambda: together(first, x, second, y), "both hold one model")
             middle = (values(saved) + theirs) / 2
             assert torch.allclose(mesh_weights(first, x), middle, atol=1e-4)
+            before = {name: value.clone() for name, value in x.state_dict().items()}
+            with first.averaged():
+                first.refresh_batchnorm(3 * [torch.randn(8, 3)])
+                assert int(x[1].num_batches_tracked) == 3
+                first.save(tmp_path / "averaged")
+            assert all(torch.equal(v, before[name]) for name, v in x.state_dict().items())
+            assert mesh.load(tmp_path / "averaged", make(5)[0]).step == first.steps
             train(first, x, ox, 3)
         assert mesh.load(path, *make(5)).step == info.step + 3, "the last step is in the last one"
 
