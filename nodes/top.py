@@ -102,6 +102,8 @@ def _plain(order: Order, source: Source) -> int:
             return 0
         ascii = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
         layout = Layout.of(rows, PLAIN_WIDTH)
+        if order.every_s is None:
+            layout = layout._replace(spark=0)  # a trail of one moment says nothing
         lines = [overview.head(layout)]
         lines += [overview.cells(row, trails, layout, ascii=ascii) for row in rows]
         print("\n".join([*overview.summary(seen), *(" ".join(line).rstrip() for line in lines)]))
