@@ -173,7 +173,7 @@ class Conversation:
             replica.take(message.index, body, self._run.taken, self._codec)
         else:
             mine = self._run.spec.weight
-            step = share(weight, mine, halved=message.halved, turn=record.turn)
+            step = share(weight, mine, part=message.part, turn=record.turn)
             record.square_distance += replica.apply(
                 message.index, body, step, self._codec, self._check_length
             )

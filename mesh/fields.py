@@ -58,6 +58,12 @@ def length(value: Any) -> float:
     return value
 
 
+def part(value: Any) -> float:
+    if type(value) is not float or not 0 < value <= 1:
+        raise Invalid("a part of the whole")
+    return value
+
+
 def clock(value: Any) -> float:
     if type(value) is not float or not abs(value) <= CLOCK_LIMIT:  # NaN is not
         raise Invalid(f"a mesh clock of at most {CLOCK_LIMIT:g} steps")

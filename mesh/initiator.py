@@ -153,6 +153,7 @@ class Initiator:
             codec=EXACT if start.pull or start.rest else run.spec.codec,
             clip=start.clip,
             turn=start.turn,
+            weight=start.weight,
             reach=run.reach(),
             clock=run.clock.steps,
         )

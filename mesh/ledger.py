@@ -25,10 +25,9 @@ FRAGMENT_ENTRIES: Final = 4
 """Numbers in a fragment of a watched replica: all the counting of 1 MiB, none of its arithmetic."""
 
 HULL_SLACK: Final = 0.05
-"""How far a coordinate may leave what went in, as a part of the spread. What asked with x and takes s of
-the way when the answer comes, while m answers of its own took s/2 each, keeps (1 - s/2)^m - s of x: with
-equal weights (s = 1/2) it stays inside for m = 2, and leaves by 8 % of the distance for m = 3. Distances
-are a part of the spread as well: the furthest of 240 lives was 2.4 %."""
+"""How far a coordinate may leave what went in, as a part of the spread. Two answers that overlap with one
+request of its own keep a replica inside (exchange.part_beside); with equal weights three may leave by 8 % of
+the distance, which is a part of the spread as well: the furthest of 240 lives was 2.4 %."""
 
 NOT_A_NUMBER: Final = np.float32(np.nan).tobytes()
 BALANCE: Final = 1e-9
@@ -144,7 +143,7 @@ class WatchedResponses(Responses[KeptReply]):
         super().applied(initiator, exchange, index, reply, *square)
         if self.kept_replies > WINDOW * len(self._records):
             self._ledger.fail(f"{self._replica.node[:8]} keeps more replies than a window each")
-        self._ledger.answered(self._replica, (initiator, exchange, index), reply.halved)
+        self._ledger.answered(self._replica, (initiator, exchange, index), reply.part)
 
 
 Key = tuple[NodeId, int, int]
@@ -269,7 +268,7 @@ class Ledger:
                     f"{responder.node[:8]} in doubt and began another"
                 )
 
-    def answered(self, responder: WatchedReplica, key: Key, halved: bool) -> None:
+    def answered(self, responder: WatchedReplica, key: Key, part: float) -> None:
         """The responder applied its step of a fragment."""
         initiator, exchange, index = key
         done, responder.answered = responder.answered, None
@@ -292,7 +291,7 @@ class Ledger:
             self.fail(f"{where} was answered by two replicas at once")
         own = responder.run.initiated if responder.run else []
         crossed = any(not r.pull and r.applied <= index < r.sent_once for r in own)
-        if crossed and not halved:
+        if crossed and part > 0.5:
             self.fail(f"{responder.node[:8]} took the full step in {where} while its own request "
                       "for it was under way: the two swap")  # fmt: skip
         answer = _Answer(responder, done[2], done[1], crossed)

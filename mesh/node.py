@@ -215,6 +215,7 @@ class Node:
                 started=spec.started,
                 exchanged=spec.exchanged,
                 strategy=spec.strategy,
+                weight=spec.weight,
             )
         )
         return run

@@ -217,7 +217,7 @@ class Responder:
         if length != expected:
             raise RemoteProtocolError(f"fragment of {length} bytes where {expected} belong")
         before = reader.received_bytes
-        halved = False
+        part = 1.0
         scratch = run.buffers.take()
         try:
             if opening.pull:
@@ -225,12 +225,12 @@ class Responder:
                 run.replica.write(index, reply, codec)
             else:
                 await reader.body(scratch[:length], timeout_s=STALL_S)
-                kept, halved = self._apply(stream.peer, run, opening, message, scratch[:length])
+                kept, part = self._apply(stream.peer, run, opening, message, scratch[:length])
                 reply = kept[:length]
                 if opening.turn and run.responses.whole(stream.peer, opening.exchange):
                     await self._emit(ev.ExchangeAnswered(run=run.name, turn=opening.turn))
             sent = await send_frame(
-                stream, Delta(exchange=opening.exchange, index=index, halved=halved), reply
+                stream, Delta(exchange=opening.exchange, index=index, part=part), reply
             )
         finally:
             run.buffers.give(scratch)
@@ -239,25 +239,25 @@ class Responder:
 
     def _apply(
         self, peer: NodeId, run: Run, opening: OpenExchange, message: Fragment, body: memoryview
-    ) -> tuple[memoryview, bool]:
+    ) -> tuple[memoryview, float]:
         """Applies a fragment once, or finds what was answered before. Nothing waits in here."""
         if self._runs.get(run.name) is not run:
             raise StreamLost("the run ended here")
         kept = run.responses.kept(peer, opening.exchange, message.index, message.received)
         if kept is not None:
-            return kept.buffer, kept.halved
-        halved = opening.turn is None and run.crosses(message.index)
-        step = share(opening.weight, run.spec.weight, halved=halved, turn=opening.turn)
+            return kept.buffer, kept.part
+        step = share(opening.weight, run.spec.weight, turn=opening.turn)
+        part = 1.0 if opening.turn else run.part_of(message.index, step)
         left = room(opening.reach, run.reach(), run.responses.used(peer, opening.exchange))
         reply = run.buffers.take()
         try:
             codec = run.codecs[opening.codec]
-            square = run.replica.answer(message.index, body, step, reply[: len(body)], codec, left)
+            square = run.replica.answer(
+                message.index, body, part * step, reply[: len(body)], codec, left
+            )
         except NotFinite:
             run.buffers.give(reply)
             run.counters.non_finite += 1
             raise
-        run.responses.applied(
-            peer, opening.exchange, message.index, KeptReply(reply, halved), square
-        )
-        return reply, halved
+        run.responses.applied(peer, opening.exchange, message.index, KeptReply(reply, part), square)
+        return reply, part

@@ -20,7 +20,7 @@ from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
 from mesh.core.clock import MeshClock
 from mesh.core.events import Beginning, Outcome
-from mesh.core.exchange import Initiation, Responses
+from mesh.core.exchange import Initiation, Responses, part_beside, share
 from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
@@ -124,7 +124,7 @@ class KeptReply:
     """What answered a fragment, until its initiator has acknowledged it."""
 
     buffer: memoryview
-    halved: bool
+    part: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,10 +329,12 @@ class Run:
             whole &= step(index) is not False
         return whole
 
-    def crosses(self, index: int) -> bool:
-        """Whether our own request for this fragment is in flight, or its answer may wait for us where
-        a connection broke: then both sides take half."""
-        return any(index in record.in_doubt for record in self.initiated)
+    def part_of(self, index: int, step: float) -> float:
+        """How much of `step` to take in answering a fragment: less than all where our own request for
+        it is in flight, or its answer may wait for us where a connection broke."""
+        own = self.spec.weight
+        records = [record for record in self.initiated if index in record.in_doubt]
+        return part_beside([share(record.weight, own) for record in records], step)
 
     def reach(self) -> float | None:
         """The longest delta that an exchange may bring now; see core/guard.py."""
@@ -340,7 +342,7 @@ class Run:
         return self.guard.reach(progress**0.5, norm**0.5)
 
     def clock_crosses(self) -> bool:
-        """Whether our own part of the mesh clock is on its way to somebody: see crosses()."""
+        """Whether our own part of the mesh clock is on its way to somebody: see part_of()."""
         return any(not record.pull and record.clock_answer is None for record in self.initiated)
 
     def clock_answered(self, record: Initiation, said: float, weight: float) -> None:

@@ -76,6 +76,7 @@ from mesh.fields import (
     many,
     node_id,
     optional,
+    part,
     piece,
     rate,
     record,
@@ -130,6 +131,7 @@ _run_info = record(
     exchanged=flag,
     progress=whole(0, 64),
     strategy=text(16),
+    weight=weight,
 )
 _row = record(
     Member,
@@ -234,7 +236,7 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
         ),
     ),
     (Fragment, record(Fragment, exchange=_counter, index=_index, received=_index)),
-    (Delta, record(Delta, exchange=_counter, index=_index, halved=flag)),
+    (Delta, record(Delta, exchange=_counter, index=_index, part=part)),
     (FinishExchange, record(FinishExchange, exchange=_counter)),
     (PingRequest, record(PingRequest, sequence=_counter, node=node_id)),
     (

@@ -296,7 +296,7 @@ BULK_MESSAGES = [
     ExchangeOpened(exchange=1, weight=1.0),
     ExchangeRefused(exchange=1, reason="", unknown=False),
     Fragment(exchange=1, index=0, received=0),
-    Delta(exchange=1, index=0, halved=False),
+    Delta(exchange=1, index=0, part=1.0),
     FinishExchange(exchange=1),
 ]
 
@@ -521,7 +521,7 @@ def send_fragments(connection, exchange, training, indexes):
         message = Fragment(exchange=exchange, index=index, received=0)
         connection.say(message, whole(training, index))
         heard, body = connection.hear_with_body()
-        assert heard == Delta(exchange=exchange, index=index, halved=False)
+        assert heard == Delta(exchange=exchange, index=index, part=1.0)
         assert not np.frombuffer(body, np.float32).any(), "equal values differ by nothing"
 
 
@@ -572,7 +572,7 @@ def pulls_what_is_not_there(connection, bad, training):
 
 def an_answer(connection, bad, training):
     exchange = opened(connection, bad, training)
-    connection.say(Delta(exchange=exchange, index=0, halved=False), whole(training))
+    connection.say(Delta(exchange=exchange, index=0, part=1.0), whole(training))
 
 
 def control_message(connection, bad, training):
@@ -826,25 +826,25 @@ def answer_with(make):
 BAD_ANSWERS = {
     "a delta of NaN": answer_with(
         lambda n, t: (
-            Delta(exchange=n, index=0, halved=False),
+            Delta(exchange=n, index=0, part=1.0),
             np.full(FRAGMENT_ENTRIES, np.nan, np.float32).tobytes(),
         )
     ),
     "a delta that is too short": answer_with(
-        lambda n, t: (Delta(exchange=n, index=0, halved=False), bytes(400))
+        lambda n, t: (Delta(exchange=n, index=0, part=1.0), bytes(400))
     ),
     "the second delta first": answer_with(
-        lambda n, t: (Delta(exchange=n, index=1, halved=False), bytes(4 * FRAGMENT_ENTRIES))
+        lambda n, t: (Delta(exchange=n, index=1, part=1.0), bytes(4 * FRAGMENT_ENTRIES))
     ),
     "a delta beyond the end": answer_with(
-        lambda n, t: (Delta(exchange=n, index=99, halved=False), bytes(4 * FRAGMENT_ENTRIES))
+        lambda n, t: (Delta(exchange=n, index=99, part=1.0), bytes(4 * FRAGMENT_ENTRIES))
     ),
     "a delta of another exchange": answer_with(
-        lambda n, t: (Delta(exchange=n + 1, index=0, halved=False), bytes(4 * FRAGMENT_ENTRIES))
+        lambda n, t: (Delta(exchange=n + 1, index=0, part=1.0), bytes(4 * FRAGMENT_ENTRIES))
     ),
     "a ping": answer_with(lambda n, t: (Ping(sequence=1, table=0), b"")),
     "a delta before the yes": lambda c, o, t: c.say(
-        Delta(exchange=o.exchange, index=0, halved=False), bytes(4 * FRAGMENT_ENTRIES)
+        Delta(exchange=o.exchange, index=0, part=1.0), bytes(4 * FRAGMENT_ENTRIES)
     ),
     "garbage": lambda c, o, t: c.push(frame(Random(5).randbytes(64))),
     "a frame of 4 GiB": lambda c, o, t: c.push(b"\xff" * 8),

@@ -20,7 +20,7 @@ from mesh.core.contacts import (
     RUMOUR_ATTEMPTS,
     Contacts,
 )
-from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, share
+from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, part_beside, share
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
 from mesh.core.messages import (
     PROTOCOL,
@@ -327,11 +327,23 @@ def test_who_takes_from_whom_is_one_answer_from_both_sides(mine, theirs):
 # --------------------------------------------------------------------------------------- exchange
 
 
-@given(st.floats(0.01, 1e6), st.floats(0.01, 1e6), st.booleans())
-def test_both_shares_move_the_weighted_sum_by_nothing(p, q, halved):
-    mine, theirs = share(q, p, halved=halved), share(p, q, halved=halved)
+@given(st.floats(0.01, 1e6), st.floats(0.01, 1e6), st.floats(0.01, 1))
+def test_both_shares_move_the_weighted_sum_by_nothing(p, q, part):
+    mine, theirs = share(q, p, part=part), share(p, q, part=part)
     assert p * mine == pytest.approx(q * theirs)
-    assert mine + theirs == pytest.approx(0.5 if halved else 1.0)
+    assert mine + theirs == pytest.approx(part)
+
+
+@given(*[st.floats(0.01, 1e3)] * 4)
+def test_two_answers_beside_a_request_of_ones_own_keep_a_replica_inside(own, asked, first, second):
+    late = share(asked, own)
+    kept = 1.0
+    for asker in (first, second):
+        step = share(asker, own)
+        kept *= 1 - part_beside([late], step) * step
+    assert kept - late > -1e-9, "what is left of x, once the late answer is applied"
+    assert part_beside([0.5], 0.5) == 0.5
+    assert part_beside([], 0.9) == 1.0
 
 
 def initiation(fragments=20):

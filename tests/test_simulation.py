@@ -120,7 +120,7 @@ class Exchange:
         replica.run = SimpleNamespace(current=None, initiated=[])
         return replica
 
-    def answer(self, share=0.5, *, exchange=1, halved=False, crosses=False):
+    def answer(self, share=0.5, *, exchange=1, part=1.0, crosses=False):
         """`b` answers fragment 0 of `a`; returns the delta."""
         self.a.exchanges.add(exchange)
         self.a.run.current = Initiation(
@@ -132,7 +132,7 @@ class Exchange:
         body, reply = (memoryview(bytearray(4 * FRAGMENT_ENTRIES)) for _ in range(2))
         self.a.write(0, body, Float32())
         self.b.answer(0, body, share, reply, Float32())
-        self.ledger.answered(self.b, (self.a.node, exchange, 0), halved)
+        self.ledger.answered(self.b, (self.a.node, exchange, 0), part)
         return reply
 
     def violations(self):

@@ -130,6 +130,7 @@ runs = st.builds(
     exchanged=st.booleans(),
     progress=st.integers(0, 64),
     strategy=text(16),
+    weight=weights,
 )
 addresses = (
     st.ip_addresses()
@@ -231,7 +232,7 @@ messages = st.one_of(
         position=st.none() | counters,
     ),
     st.builds(Fragment, exchange=counters, index=indexes, received=indexes),
-    st.builds(Delta, exchange=counters, index=indexes, halved=st.booleans()),
+    st.builds(Delta, exchange=counters, index=indexes, part=st.floats(0, 1, exclude_min=True)),
     st.builds(FinishExchange, exchange=counters),
     st.builds(PingRequest, sequence=counters, node=node_ids),
     st.builds(PingReport, sequence=counters, verdict=st.sampled_from(Verdict)),
@@ -552,7 +553,7 @@ def test_frames_and_bodies_are_whole_however_the_stream_cuts_them():
     frames = [
         (Fragment(exchange=1, index=0, received=0), bytes(range(256)) * 40),
         (Ping(sequence=7, table=9), b""),
-        (Delta(exchange=1, index=0, halved=True), b"y" * 3),
+        (Delta(exchange=1, index=0, part=0.5), b"y" * 3),
     ]
     data = b"".join(wire.encode(message, len(body)) + body for message, body in frames)
 

@@ -80,6 +80,7 @@ class Averaging:
                 started=event.started,
                 exchanged=event.exchanged,
                 strategy=event.strategy,
+                weight=event.weight,
             ),
             me=self._membership.own.node,
             now=now,
@@ -180,7 +181,8 @@ class Averaging:
 
     def _decide(self, name: str, run: Schedule, now: float) -> list[ev.Effect]:
         paused = name in self._paused and run.info.started
-        decision = run.decide(now, [] if paused else self._partners(run))
+        partners = [] if paused else self._partners(run)
+        decision = run.decide(now, partners)
         effects: list[ev.Effect] = []
         match decision:
             case Start():
@@ -196,6 +198,7 @@ class Averaging:
                         part=decision.part,
                         clip=decision.clip,
                         turn=decision.turn,
+                        weight=next(i.weight for node, i in partners if node == decision.peer),
                         resumes=decision.resumes,
                     )
                 )

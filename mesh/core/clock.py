@@ -44,12 +44,12 @@ class MeshClock:
         delta = told - self.steps
         if halved:
             delta /= 2
-        self._set(self.steps + share(theirs, mine, halved=False) * delta)
+        self._set(self.steps + share(theirs, mine) * delta)
         return told - delta
 
     def answered(self, told: float, said: float, theirs: float, mine: float) -> None:
         """The initiator's move, from what it told and what the responder said."""
-        self._set(self.steps - share(theirs, mine, halved=False) * (told - said))
+        self._set(self.steps - share(theirs, mine) * (told - said))
 
     def take(self, said: float) -> None:
         """A pull's: the donor's weights are here now, and so is its clock."""

@@ -99,6 +99,7 @@ class RunAttached:
     started: bool
     exchanged: bool
     strategy: str = "pair"
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +275,8 @@ class StartExchange:
     clip: bool = False
     """mix what was pulled, clipped, instead of taking it"""
     turn: Turn | None = None
+    weight: float = 1.0
+    """p of the peer's replica, as its row says"""
     resumes: bool = False
     """of a pull: it may go on where another donor's broke off. This donor has met the mesh; if the
     last one had as well, the two hold nearly the same weights, and one model may come from both"""

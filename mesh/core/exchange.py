@@ -10,7 +10,7 @@ Rules: 1. Both sides apply the same delta, additively, so sum(p * w) stays whate
 meanwhile. 2. Each side applies each (exchange, k) once: i takes deltas strictly in order, j answers
 a fragment that it has applied from the kept reply. 3. At most WINDOW fragments are in doubt: i sends
 k only while k < received + WINDOW, j refuses more. 4. Where requests cross (j's own request for k is
-in doubt) both take half, or two nodes would swap their values instead of meeting.
+in doubt) both take less, or two nodes would swap their values instead of meeting.
 
 After a lost connection i opens the same exchange again with `start` = the deltas it has applied.
 Sources: exactly-once pairwise averaging after Jesus, Baquero, Almeida (Flow Updating, 2015) in the
@@ -32,7 +32,7 @@ RECORDS_LIMIT = 32
 middle the oldest are forgotten; one that comes back after all is told so and begins anew."""
 
 
-def share(theirs: float, mine: float, *, halved: bool, turn: Turn | None = None) -> float:
+def share(theirs: float, mine: float, *, part: float = 1.0, turn: Turn | None = None) -> float:
     """The part of a delta that a side takes: FedAvg's weights, p_other / (p_self + p_other).
 
     `theirs` and `mine` are the weights p of the two replicas; they sum to more than 0. In an exact
@@ -41,7 +41,18 @@ def share(theirs: float, mine: float, *, halved: bool, turn: Turn | None = None)
     if turn is not None:
         return turn.step
     step = theirs / (mine + theirs)
-    return step / 2 if halved else step
+    return part * step
+
+
+def part_beside(others: list[float], step: float) -> float:
+    """How much of its step a responder takes, of whose own requests for the fragment some are in
+    flight, with these steps to come: as much as keeps both of two such answers inside.
+
+    What asked with x and takes s of the way when its answer comes, having gone t to a third meanwhile,
+    holds (1 - s - t) x + ...: beyond what went in where s + t > 1, and two answers may overlap with it.
+    With equal weights (s = t = 1/2) this is half: two nodes that ask each other meet, and do not swap.
+    """
+    return min(0.5, (1 - max(others)) / (2 * step)) if others else 1.0
 
 
 @dataclass(slots=True)
@@ -64,6 +75,8 @@ class Initiation:
     sent: int = field(init=False)
     sent_once: int = field(init=False)
     square_distance: float = 0.0
+    weight: float = 1.0
+    """the responder's, as its row says: what step its answers will be"""
     ahead: int | None = None
     """refused out of turn: the peer's place in the rounds"""
 

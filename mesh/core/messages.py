@@ -57,6 +57,8 @@ class RunInfo:
     seldom; of two that trained alone the one that came further gives"""
     strategy: str = "pair"
     """how it averages (core/strategies.py); equal or no exchange"""
+    weight: float = 1.0
+    """p: its replica's part in the average"""
 
 
 ACCUSERS_LIMIT = 4
@@ -245,12 +247,13 @@ class Fragment:
 class Delta:
     """The responder's answer to a fragment; the encoded difference follows as the frame's body.
 
-    `halved`: the responder's own request for this fragment was in flight, both sides take half.
+    `part`: of their steps that both sides take; less than 1 where the responder's own request for this
+    fragment was in flight.
     """
 
     exchange: int
     index: int
-    halved: bool
+    part: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
