@@ -5,10 +5,12 @@ None. 2. A trail holds as many values as a screen is wide, and goes with its row
 A figure's trip: answers -> look() -> Row -> Trails.follow() -> table() or as_json().
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+import mesh
 from nodes import chart, text
 
 TRAIL_LIMIT: Final = 120
@@ -69,30 +71,43 @@ SORTS: Final = {
 
 
 def look(status: dict[str, Any], peers: dict[str, Any]) -> Look:
-    """Reads the two answers."""
-    own = {"state": "alive", "reason": None, **peers["node"]}
-    rows = _rows(own, own=True)
-    for peer in peers["peers"]:
-        rows += _rows(peer, own=False)
-    uptime_s = status["node"]["uptime_s"]
-    return Look(own["name"], status["mesh"]["id"], uptime_s, status["health"], rows)
+    """Reads the two answers. Raises MeshError where they make no sense: another node's may not."""
+    try:
+        own = {"state": "alive", "reason": None, **peers["node"]}
+        rows = _rows(own, own=True)
+        for peer in peers["peers"]:
+            rows += _rows(peer, own=False)
+        uptime_s = float(status["node"]["uptime_s"])
+        health = [str(warning) for warning in status["health"]]
+        return Look(str(own["name"]), str(status["mesh"]["id"]), uptime_s, health, rows)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise mesh.MeshError(
+            "the answer makes no sense here: is that node of this version?"
+        ) from None
 
 
 def _rows(node: dict[str, Any], *, own: bool) -> list[Row]:
-    about = Row(node["id"], node["name"], own, node["state"], node["reason"], None)
-    about = about._replace(load=node["load"])
+    reason = None if node["reason"] is None else str(node["reason"])
+    about = Row(str(node["id"]), str(node["name"]), own, str(node["state"]), reason, None)
+    about = about._replace(load=_number(node["load"]))
     return [
         about._replace(
-            run=run["run"],
-            step=run["step"],
-            loss=run["loss"],
-            drift=run["drift"],
-            samples_s=run["samples_s"],
-            in_bytes_s=run["in_bytes_s"],
-            out_bytes_s=run["out_bytes_s"],
+            run=str(run["run"]),
+            step=None if run["step"] is None else int(run["step"]),
+            loss=_number(run["loss"]),
+            drift=_number(run["drift"]),
+            samples_s=_number(run["samples_s"]),
+            in_bytes_s=_number(run["in_bytes_s"]),
+            out_bytes_s=_number(run["out_bytes_s"]),
         )
         for run in node["runs"]
     ] or [about]
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return value
+    return None
 
 
 def ordered(rows: Sequence[Row], sort: str, *, turned: bool = False) -> list[Row]:
@@ -155,6 +170,7 @@ class Trails:
                 )
                 seen = [*trail]
                 first = seen[0][0] if seen else None
+                trail.clear()
                 for point in run["points"]:
                     if first is None or point[step] < first:
                         trail.append((point[step], point[loss], point[drift]))

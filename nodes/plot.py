@@ -96,16 +96,49 @@ def histories(
 
     def ask(peer: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            return mesh.question("history", state=state, name=peer["id"], **fields)
+            answer = mesh.question("history", state=state, name=peer["id"], **fields)
+            if not _makes_sense(answer):
+                raise mesh.MeshError("its answer makes no sense here: is it of this version?")
         except mesh.MeshError as error:
             missed(f"{peer['name']} is left out: " + str(error).partition("\n")[0])
             return None
+        return answer
 
     found = _at_once(ask, others[:most])
     answers = [own, *(answer for answer in found if answer is not None)]
     for answer in answers:
         answer.pop("ok", None)
     return answers
+
+
+def _makes_sense(answer: dict[str, Any]) -> bool:
+    """Whether another node's history has the shape of `mesh.history/1`, as far as it is read here."""
+    match answer:
+        case {
+            "node": {"id": str(), "name": str()},
+            "uptime_s": int() | float() as uptime_s,
+            "columns": list(columns),
+            "runs": list(runs),
+        } if math.isfinite(uptime_s) and {"uptime_s", "step", "loss", "drift"} <= set(
+            map(str, columns)
+        ):
+            return all(_is_curve(run, columns) for run in runs)
+    return False
+
+
+def _is_curve(run: object, columns: list[str]) -> bool:
+    match run:
+        case {"run": str(), "points": list(points)}:
+            at, step = columns.index("uptime_s"), columns.index("step")
+            return all(
+                isinstance(point, list)
+                and len(point) == len(columns)
+                and all(value is None or type(value) in (int, float) for value in point)
+                and None not in (point[at], point[step])
+                and math.isfinite(point[at])
+                for point in points
+            )
+    return False
 
 
 def _at_once(

@@ -993,6 +993,9 @@ BAD_ATTACHMENTS = {
     "a negative weight": {"weight": -1},
     "every 0 steps": {"every": 0},
     "a process that is none": {"pid": "1"},
+    "fewer steps than none": {"step": -1},
+    "a mesh clock that is not a number": {"clock": float("nan")},
+    "a mesh clock of 1e16 steps": {"clock": 1e16},
     "an endless wait": {"sync_timeout_s": float("inf")},
 }
 

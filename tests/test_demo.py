@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.schemas import fits
+
 DEMO = [sys.executable, "-m", "nodes.cli", "demo"]
 pytest.importorskip("sklearn", reason="the demo's digits need scikit-learn")
 
@@ -44,8 +46,7 @@ def test_three_nodes_that_each_know_some_digits_learn_all_ten(tmp_path):
         timeout=120,
     )
     assert demo.returncode == 0, demo.stderr
-    report = json.loads(demo.stdout)
-    assert report["schema"] == "mesh.demo/1"
+    report = fits(json.loads(demo.stdout), "mesh.demo/1")
     assert sorted(label for node in report["nodes"] for label in node["classes"]) == list(range(10))
     for node in report["nodes"]:
         assert node["accuracy"] > 92, report

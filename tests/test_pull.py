@@ -28,6 +28,7 @@ from nodes.cli import main
 from tests.helpers import Host, NumpyTraining, parsed
 from tests.helpers import until as until_real
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
+from tests.schemas import fits
 
 FRAGMENT = 64
 FRAGMENTS = 20
@@ -380,8 +381,7 @@ def test_a_machine_that_trains_nothing_writes_the_model_of_one_that_does(host, c
     until_real(lambda: giver.status()["runs"][0]["mesh_step"] == 5000, "the steps are counted")
     path, pull = host.root / "m.safetensors", ("pull", "--state", asker.state, "--run")
 
-    told = parsed(host.mesh(*pull, "digits", "-o", path, "--json"))
-    assert told["schema"] == "mesh.pull/1"
+    told = fits(parsed(host.mesh(*pull, "digits", "-o", path, "--json")), "mesh.pull/1")
     assert (told["averaged"], told["mesh_step"], told["sources"]) == (1, 5000, ["giver"])
     assert told["bytes"] == path.stat().st_size
     assert np.array_equal(safetensors.numpy.load_file(path)["weight"], values)

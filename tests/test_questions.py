@@ -313,6 +313,7 @@ def test_an_answer_is_performed_once_and_kept_for_its_pages():
     done = ev.Performed(asker=node_id(50), number=1, text="x" * 100_000)
     [first] = questions.performed(done, 0.2)
     assert (first.connection, first.message.pages, first.message.attempt) == (2, 3, 2)
+    assert questions.question(node_id(3), again, 0.25) == [], "the same one, by another way"
     [third] = questions.question(neighbour, question(1, node_id(0), page=2, attempt=3), 0.3)
     assert (third.connection, third.message.page) == (1, 2)
     assert questions.question(neighbour, question(1, node_id(0), page=3, attempt=4), 0.3) == []

@@ -17,6 +17,7 @@ from mesh.core.exchange import Initiation
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
 from mesh.simulation import simulate_faults
 from tests.mesh_in_memory import run_seeded
+from tests.schemas import fits
 
 SEEDS = 200
 
@@ -36,7 +37,7 @@ def test_one_seed_is_one_life_in_every_process_whatever_the_order_of_hashes():
         json.loads(mesh_sim("--seed", 11, "--seconds", 8, "--json", PYTHONHASHSEED=str(k)).stdout)
         for k in (1, 2)
     ]
-    [first], [second] = (life["seeds"] for life in lives)
+    [first], [second] = (fits(life, "mesh.sim/1")["seeds"] for life in lives)
     assert first["digest"] == second["digest"]
     assert lives[0]["happened"] == lives[1]["happened"]
     assert first["digest"] != simulate_faults(12, seconds=8.0).digest

@@ -205,7 +205,8 @@ def test_exact_rounds_begin_anew_when_somebody_leaves_or_comes():
     run_seeded(main, 5)
 
 
-def test_exact_rounds_go_on_over_broken_connections():
+@pytest.mark.parametrize("seed", range(6, 10))
+def test_exact_rounds_go_on_over_broken_connections(seed):
     values = np.random.default_rng(2).standard_normal((6, 20))
 
     async def main(rng):
@@ -218,7 +219,7 @@ def test_exact_rounds_go_on_over_broken_connections():
             mean = np.mean([p.weights for p in players], axis=0)
             assert np.abs(mean - values.mean(axis=0)).max() < 1e-5
 
-    run_seeded(main, 7)
+    run_seeded(main, seed)
 
 
 def test_a_place_in_the_rounds_is_agreed_on():
@@ -253,6 +254,20 @@ def test_who_fell_behind_in_the_rounds_catches_up():
     other.see(nodes[:1])
     assert other.objection(nodes[0], plan.choose(nodes[1:], rest=False).turn) is None
     assert other.position == 7
+
+
+def test_who_is_asked_by_one_that_passed_a_round_with_it_jumps_to_it():
+    nodes = [node_id(k) for k in range(1, 7)]
+    fresh, old = ExactRounds(nodes[3]), ExactRounds(nodes[1])
+    for plan, me in ((fresh, nodes[3]), (old, nodes[1])):
+        plan.see([n for n in nodes if n != me])
+    old.position = 2
+    turn = old.choose(nodes, rest=False).turn
+    assert turn.position == 2
+    assert fresh.objection(nodes[1], turn) is None, (
+        "they met in round 0, which `fresh` knows not of"
+    )
+    assert fresh.position == 2
 
 
 def test_cyclic_exchanges_bring_an_eighth_of_the_bytes_each():

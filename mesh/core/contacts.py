@@ -52,7 +52,8 @@ becoming another's dialling: at 16 every second dial of 100 nodes ended in one."
 
 CROSSING_S = 0.1
 """Two nodes that hear of each other at the same moment need one connection, not two: the one with
-the higher id lets the other dial first. A handshake takes 10-25 ms of CPU on a Raspberry Pi."""
+the higher id lets the other dial first. A handshake takes 10-25 ms of CPU on a Raspberry Pi. Whom mDNS
+shows while DIAL_BELOW are being dialled waits as long: then it is known whether the mesh is large."""
 
 
 @dataclass(slots=True)

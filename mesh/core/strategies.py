@@ -208,7 +208,7 @@ class ExactRounds:
         """Why a partner's request cannot be answered now; None if it can."""
         if turn is None or turn.view != self._view or not self._rounds:
             return "another view of who is there"
-        if turn.position >= self.position + len(self._rounds):
+        if self._passed(peer, turn.position):
             self._jump(turn.position)
         begun, self._begun = self._begun, True  # whoever asks begins the cycle for both
         here = self._here()
@@ -234,6 +234,14 @@ class ExactRounds:
                 return self._nodes[partner], turn
             self._on()
         return None
+
+    def _passed(self, peer: NodeId, position: int) -> bool:
+        """Whether a peer that is there has a round with us behind it that we have not."""
+        for place in range(self.position, min(position, self.position + len(self._rounds))):
+            met = self._rounds[place % len(self._rounds)].get(self._me_at)
+            if met is not None and self._nodes[met[0]] == peer:
+                return True
+        return False
 
     def _on(self) -> None:
         self.position += 1
