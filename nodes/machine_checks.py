@@ -61,6 +61,8 @@ class Case:
     peers: dict[str, Any] | None
     stuck: bool
     """a node runs and does not answer"""
+    killed: int | None = None
+    """the pid of a node that ended without removing its files"""
 
     @property
     def listens(self) -> list[str]:
@@ -81,12 +83,13 @@ class Case:
 
 def open_case(state: str | None, name: str | None) -> Case:
     """Finds the node that is meant. Raises NodeNotRunning where `name` is nobody's, UsageError."""
+    killed = _left_behind(mesh.state_directory(state))  # asking takes away what a dead one left
     try:
         node = mesh.find_node(state, name)
     except mesh.NodeNotRunning:
         if name is not None:
             raise
-        return _case(mesh.state_directory(state), None)
+        return _case(mesh.state_directory(state), None, killed=killed)
     except mesh.UsageError:
         raise
     except mesh.MeshError:  # its socket is full: nobody takes anything off it
@@ -106,8 +109,9 @@ def _case(
     status: dict[str, Any] | None = None,
     peers: dict[str, Any] | None = None,
     stuck: bool = False,
+    killed: int | None = None,
 ) -> Case:
-    return Case(state=state, node=node, status=status, peers=peers, stuck=stuck)
+    return Case(state=state, node=node, status=status, peers=peers, stuck=stuck, killed=killed)
 
 
 # ------------------------------------------------------------------------------------- identity
@@ -237,9 +241,9 @@ def process(case: Case) -> list[Finding]:
         text = f"the node (pid {pid}) runs and does not answer: stopped, or stuck"
         return [fail("node", text, f"kill -CONT {pid}; or kill -9 {pid}, then mesh up")]
     if case.status is None or case.node is None:
-        if (dead := _left_behind(case.state)) is not None:
-            text = f"no node runs; one that was killed (pid {dead}) left its files behind"
-            return [warn("node", text, "mesh up, which replaces them")]
+        if case.killed is not None:
+            text = f"no node runs; one that was killed (pid {case.killed}) left its files behind"
+            return [warn("node", text, "mesh up")]
         return [warn("node", f"no node runs with {case.state}", "mesh up")]
     about = case.status["node"]
     if about["version"] != mesh.__version__:

@@ -43,7 +43,7 @@ def applies_one_again_after_resume(self):
     self.sent = self.applied
 
 
-def takes_the_wrong_sign(self, index, body, share, codec):
+def takes_the_wrong_sign(self, index, body, share, codec, check=None):
     w = self.weights[self.slice_of(index)]
     delta = codec.decode(body, self._decoded[: len(w)])
     distance = square_norm(delta)
@@ -52,10 +52,10 @@ def takes_the_wrong_sign(self, index, body, share, codec):
 
 
 def knows_no_window(self):
-    return None if self.sent == self.fragments else self.sent
+    return None if self.sent == self.end else self.sent
 
 
-def takes_what_is_not_finite(self, index, body, share, reply, codec):
+def takes_what_is_not_finite(self, index, body, share, reply, codec, room=None):
     w = self.weights[self.slice_of(index)]
     delta = codec.decode(body, self._decoded[: len(w)]) - w
     codec.encode(delta, reply)
@@ -86,10 +86,10 @@ def waits_for_ever(self, node, suspicion, now):
     return []
 
 
-def begins_anew(self, initiator, exchange, start, codec):
+def begins_anew(self, initiator, exchange, start, codec, first=0, end=None):
     """A resumed exchange is a new one to its responder."""
     self.forget(initiator)
-    return self_open(self, initiator, exchange, 0, codec)
+    return self_open(self, initiator, exchange, first, codec, first, end)
 
 
 self_open = Responses.open

@@ -202,7 +202,7 @@ async def meet(rng, codecs):
             await player.run.offer()
             await player.post(normal(ENTRIES, seed + 10))
         before = sum(player.x.astype(np.float64) for player in players)
-        await trio.sleep(20)
+        await trio.sleep(60)
         await until(lambda: all(p.run.current is None and not p.run.unfinished for p in players))
         after = sum(player.weights.astype(np.float64) for player in players)
         apart = np.ptp([player.weights for player in players], axis=0).max()

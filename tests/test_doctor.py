@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 
 import mesh
-from mesh import diagnosis
+from mesh import diagnosis, identity
 from mesh.core.address import Address
 from mesh.net import survey
 from mesh.surroundings import Announcement, Echo, Interface, Knock, Outcome, Surroundings
@@ -415,7 +415,7 @@ def test_a_knock_tells_who_is_behind_an_address_as_a_node_would(made, monkeypatc
     monkeypatch.setattr(survey, "LISTEN_S", 0.1)
     monkeypatch.setattr(diagnosis, "KNOCK_S", 0.8)
     monkeypatch.setattr(diagnosis, "PLAIN_S", 0.4)
-    ours, other = map(mesh.load, made)
+    ours, other = map(identity.load, made)
     contexts = [one.context(server=True) for one in (ours, other)]
 
     def tls(context):
