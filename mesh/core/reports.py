@@ -1,8 +1,8 @@
 """How the runs do on other nodes: figures for people, handed on beside the probes.
 
 Rules: 1. They decide nothing; a wrong one misleads nobody but a reader. 2. A probe and its answer
-carry REPORTS_LIMIT of them at most, in turn: what it costs stays flat with the number of nodes, and in
-a mesh of a hundred they are about ten seconds old. (To tell what was told least often, as SWIM picks
+carry REPORTS_LIMIT of them at most, fewer in a large mesh, in turn: what it costs does not grow with the
+number of nodes, and in a mesh of sixty they are about ten seconds old. (To tell what was told least often, as SWIM picks
 its news, starves some where each second brings more news than fits.) 3. Only what the table knows is kept: a living member, and a run that its row names.
 A report's trip: Posted -> publish() -> a Ping or an Ack comes -> news() -> Reports -> the peer's heard() -> of().
 """
@@ -18,6 +18,11 @@ TELLINGS = 8
 """How often one report is told: more than log2 of the nodes of a large mesh."""
 
 RENEW_S = 1.0
+
+CROWDED = 2048
+FEWEST = 4
+"""Reports beside one probe, times the members; and how few at least. At a thousand nodes 32 beside each
+probe were a fifth of all that a node did, for figures that nobody reads one by one."""
 
 REPORTS_KEPT = 8192
 """Two runs on each of 4096 members."""
@@ -68,9 +73,10 @@ class ReportTable:
         """What to tell next; None if everything was told often enough."""
         self._renew(now)
         told: list[_Kept] = []
+        limit = max(FEWEST, min(REPORTS_LIMIT, CROWDED // (1 + len(self._membership.others))))
         for node in list(self._kept):
             news = [kept for kept in self._kept[node].values() if kept.told < TELLINGS]
-            if len(told) + len(news) > REPORTS_LIMIT:
+            if told and len(told) + len(news) > limit:
                 break
             if news:
                 told += news
