@@ -8,6 +8,7 @@ sync(), a rename only after sync_directory().
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -74,16 +75,26 @@ def write_whole(path: Path, data: bytes | bytearray, disk: Disk = REAL_DISK) -> 
     Where only the last step failed (the directory's sync), the new file is in place, and after a
     power cut it is one or the other, whole: who gets MeshError must not rely on either.
     """
+    with written_whole(path, disk) as temporary:
+        disk.write(temporary, data)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, disk: Disk = REAL_DISK) -> Iterator[Path]:
+    """Yields the file to fill; it gets the name `path` when it is whole and on the disk. Of anything
+    else, a Ctrl-C as well, nothing is left. Raises MeshError; see write_whole()."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        disk.write(temporary, data)
+        yield temporary
         disk.sync(temporary)
         disk.rename(temporary, path)
         disk.sync_directory(path.parent)
-    except OSError as error:
+    except (OSError, MemoryError, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
             disk.remove(temporary)
-        raise MeshError(f"cannot write {path}: {error.strerror}") from None
+        if isinstance(error, OSError):
+            raise MeshError(f"cannot write {path}: {error.strerror}") from None
+        raise
 
 
 def _sync(path: Path) -> None:

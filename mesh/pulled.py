@@ -7,21 +7,19 @@ is why the format is written here and not by its library (header, then raw numbe
 with the library). 3. bfloat16 and float16 are rounded to nearest, as the training would.
 """
 
-import contextlib
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 
 from mesh.client import LocalSocket, RunningNode
 from mesh.codec import BFloat16, Floats
-from mesh.disk import REAL_DISK
+from mesh.disk import written_whole
 from mesh.errors import MeshError
 from mesh.shared import HandOverMemory
 
@@ -73,7 +71,7 @@ class PulledModel:
         Replaces a file of that name, or leaves it as it was. Raises MeshError.
         """
         header, parts = self._layout()
-        with _written_whole(path) as file:
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for start, entries, dtype in parts:
                 for begin in range(start, start + entries, PIECE_ENTRIES):
@@ -171,21 +169,3 @@ def _bytes_of(values: Floats, dtype: str) -> bytes | memoryview:
             return values.astype("<f8").tobytes()
         case _:
             return values.astype("<f4", copy=False).tobytes()
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk; of anything else nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        REAL_DISK.sync(temporary)
-        REAL_DISK.rename(temporary, path)
-        REAL_DISK.sync_directory(path.parent)
-    except BaseException as error:  # Ctrl-C as well
-        with contextlib.suppress(OSError):
-            REAL_DISK.remove(temporary)
-        if isinstance(error, OSError):
-            raise MeshError(f"cannot write {path}: {error.strerror}") from None
-        raise

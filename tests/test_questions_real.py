@@ -9,15 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 import mesh
 from nodes import questions
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, Host, NumpyTraining, free_port, until
+from tests.schemas import fits
 
-SCHEMAS = Path(__file__).parent.parent / "docs" / "schemas"
 ASKED = [
     ("status",),
     ("peers",),
@@ -94,12 +93,6 @@ class Shell:
 @pytest.fixture
 def shell(lan, monkeypatch, capsys):
     return Shell(lan, monkeypatch, capsys)
-
-
-def fits(answer):
-    name = answer["schema"].replace("/", ".")
-    jsonschema.validate(answer, json.loads((SCHEMAS / f"{name}.json").read_text()))
-    return answer
 
 
 # ------------------------------------------------------------------------------------- answers
