@@ -6,7 +6,7 @@ entry in a heap: trio's scopes, their deadlines and cancellations were a quarter
 """
 
 from heapq import heapify, heappop, heappush
-from math import inf
+from math import ceil, inf
 from typing import Final
 
 import trio
@@ -76,7 +76,10 @@ class JumpClock(trio.abc.Clock):
     """A clock that jumps, to the next deadline or alarm. trio's MockClock does the same with an extra
     turn of the loop for each jump and a look at the real clock for each question."""
 
-    def __init__(self) -> None:
+    def __init__(self, tick_s: float = 0.0) -> None:
+        """`tick_s`: what is due within one tick happens at its end, in one turn of trio's loop; a
+        power of two, so that sums of it are exact."""
+        self._tick_s = tick_s
         self._now = 0.0
         self._alarms: list[tuple[float, int, Alarm]] = []
         self._set = 0
@@ -106,6 +109,8 @@ class JumpClock(trio.abc.Clock):
             deadline = min(deadline, alarms[0][0])
         if deadline > 1e15:
             return IDLE_S
+        if self._tick_s:
+            deadline = max(deadline, ceil(deadline / self._tick_s) * self._tick_s)
         self._now = max(self._now, deadline)
         while alarms and alarms[0][0] <= self._now:
             entry = heappop(alarms)

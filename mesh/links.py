@@ -13,6 +13,7 @@ from typing import Final, cast, get_args
 
 import trio
 
+from mesh import wire
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.messages import (
@@ -33,7 +34,7 @@ from mesh.errors import (
     RemoteProtocolError,
     StreamLost,
 )
-from mesh.frames import FrameReader, send_frame
+from mesh.frames import SEND_S, FrameReader, send_frame
 from mesh.net.transport import Stream, Transport
 
 GREETING_S: Final = 5.0
@@ -48,6 +49,13 @@ neighbours is probed twice a minute, eight times less often by a node that runs 
 
 FLUSH_S: Final = 1.0
 """How long a connection may take to say its last words."""
+
+TOGETHER_BYTES: Final = 16 * 1024
+"""What waits for a peer goes out together up to one TLS record: an answer and the reports beside it
+are one packet, one system call, one waking of the other side."""
+
+AT_ONCE: Final = 8
+"""Messages that came together and are handed on before others have their turn."""
 
 CONTROL_MESSAGES: Final = get_args(ControlMessage)
 
@@ -289,12 +297,19 @@ class Links:
     async def _write(self, link: _Link, take: trio.MemoryReceiveChannel[ControlMessage]) -> None:
         try:
             async for message in take:
-                await send_frame(link.stream, message)
+                frames = wire.encode(message)
+                try:
+                    while len(frames) < TOGETHER_BYTES:
+                        frames += wire.encode(take.receive_nowait())
+                except (trio.WouldBlock, trio.EndOfChannel):
+                    pass
+                await link.stream.send_all(frames, SEND_S)
         except MeshError as error:
             link.reason = link.reason or str(error)
         link.scope.cancel()
 
     async def _read(self, number: int, link: _Link, reader: FrameReader) -> None:
+        at_once = 0
         try:
             while True:
                 message, _ = await reader.message(timeout_s=SILENT_S)
@@ -309,7 +324,10 @@ class Links:
                     message=cast("ControlMessage", message),
                 )
                 await self._emit(received)
-                if reader.unread:  # else reading on waits, and others have their turn
+                # Where nothing is left, reading on waits, and others have their turn.
+                at_once = at_once + 1 if reader.unread else 0
+                if at_once == AT_ONCE:
+                    at_once = 0
                     await trio.lowlevel.checkpoint()
         except RemoteProtocolError as error:
             self.refused["protocol"] += 1

@@ -126,13 +126,13 @@ class SimulatedNode(Node):
         if self._trace.on:
             self._trace.add(self.name, describe(event))
         self._heard = ()
-        if isinstance(event, ev.Received) and isinstance(event.message, Members):
+        if type(event) is ev.Received and type(event.message) is Members:
             current = self._protocol.peers.contacts.connections.get(event.node)
             # What a connection says that was replaced is not listened to.
             if current is not None and current.number == event.connection:
                 self._heard = event.message.members
-        others = self._protocol.peers.membership.others
-        self._before = {row.node: others.get(row.node) for row in self._heard}
+                others = self._protocol.peers.membership.others
+                self._before = {row.node: others.get(row.node) for row in self._heard}
         return event
 
     def _perform(self, effect: ev.Effect) -> None:

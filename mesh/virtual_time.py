@@ -21,8 +21,14 @@ at 100 000 in a mesh of a thousand, looking for them is a tenth of the time."""
 Result = TypeVar("Result")
 
 
-def run_seeded(main: Callable[..., Awaitable[Result]], seed: int, *args: object) -> Result:
-    """Runs `main(rng, *args)` in virtual time; the same seed gives the same run, task by task."""
+def run_seeded(
+    main: Callable[..., Awaitable[Result]], seed: int, *args: object, tick_s: float = 0.0
+) -> Result:
+    """Runs `main(rng, *args)` in virtual time; the same seed gives the same run, task by task.
+
+    tick_s: time moves in whole ticks, and what is due within one happens at its end: a mesh of
+    thousands is cheaper so. 0: each deadline has a moment of its own.
+    """
     # trio shuffles the tasks that can run, so that nobody relies on their order: with the seed's
     # shuffle, and in an order before it that does not depend on addresses in memory.
     trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
@@ -30,7 +36,7 @@ def run_seeded(main: Callable[..., Awaitable[Result]], seed: int, *args: object)
     before = gc.get_threshold()
     gc.set_threshold(SELDOM)
     try:
-        return trio.run(main, Random(seed), *args, clock=JumpClock())
+        return trio.run(main, Random(seed), *args, clock=JumpClock(tick_s))
     finally:
         gc.set_threshold(*before)
         trio_run._ALLOW_DETERMINISTIC_SCHEDULING = False  # type: ignore[misc]

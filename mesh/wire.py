@@ -9,8 +9,9 @@ decode() returns a message or raises RemoteProtocolError, nothing else. 4. MESSA
 
 import struct
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Final
 
 import msgpack
@@ -31,7 +32,7 @@ from mesh.core.for_people import (
     Report,
     Reports,
 )
-from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT
+from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, known
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
     FRAGMENT_ENTRIES,
@@ -80,6 +81,7 @@ from mesh.fields import (
     piece,
     rate,
     record,
+    repeated,
     text,
     weight,
     whole,
@@ -178,7 +180,12 @@ _figures = record(
     load=figure,
 )
 _report = record(
-    Report, node=node_id, run=_run_name, serial=_counter, age_ms=_counter, figures=_figures
+    Report,
+    node=node_id,
+    run=_run_name,
+    serial=_counter,
+    age_ms=_counter,
+    figures=repeated(_figures),
 )
 _argument = record(Argument, name=text(16), value=text(64))
 _page = whole(0, PAGES_LIMIT)
@@ -281,9 +288,16 @@ _NOT_MSGPACK: Final = (ValueError, TypeError, msgpack.UnpackException)
 _NUMBERS: Final = {kind: number for number, (kind, _) in enumerate(MESSAGES)}
 
 
-def _fields(value: Any) -> list[Any]:
-    """A dataclass as the list of its fields, in order of declaration; msgpack asks for each."""
-    return [getattr(value, name) for name in value.__dataclass_fields__]
+@cache
+def _getter(kind: Any) -> Callable[[Any], Any]:
+    names = tuple(kind.__dataclass_fields__)
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda value: (get(value),)
+
+
+def _fields(value: Any) -> Any:
+    """A dataclass as the tuple of its fields, in order of declaration; msgpack asks for each."""
+    return _getter(type(value))(value)  # type: ignore[arg-type]  # mypy: a type is no Hashable
 
 
 _MEMBERS: Final = bytes((0x92, _NUMBERS[Members]))
@@ -300,7 +314,7 @@ def _packed(row: Member) -> bytes:
 @lru_cache(maxsize=MEMBERS_LIMIT)
 def _unpacked(packed: bytes) -> Member:
     """A row off the wire. Kept: neighbours repeat it, and a simulation hears it a thousand times."""
-    return _member(_plain(packed))
+    return known(_member(_plain(packed)))[0]
 
 
 def encode(message: Message, body_bytes: int = 0) -> bytes:

@@ -5,7 +5,7 @@ import trio
 from trio.testing import MockClock
 
 from mesh.alarm import JumpClock
-from mesh.inbox import Inbox
+from mesh.inbox import AT_ONCE, Inbox
 
 
 @pytest.fixture(params=["scopes", "heap"])
@@ -56,20 +56,21 @@ def test_whoever_brings_more_than_fits_waits_and_nothing_is_lost_or_overtaken(cl
     trio.run(main, clock=clock)
 
 
-def test_between_two_items_that_wait_others_run_and_a_cancelled_receiver_leaves_them(clock):
+def test_others_run_beside_items_that_wait_and_a_cancelled_receiver_leaves_them(clock):
     async def main():
-        inbox, ran = Inbox(9), []
+        count = 8 * AT_ONCE
+        inbox, ran = Inbox(count + 1), []
 
         async def beside():
             while True:
                 ran.append(None)
                 await trio.lowlevel.checkpoint()
 
-        for item in range(9):
+        for item in range(count + 1):
             inbox.send_nowait(item)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(beside)
-            for _ in range(8):
+            for _ in range(count):
                 await inbox.receive(trio.current_time())
             nursery.cancel_scope.cancel()
         assert len(ran) >= 7

@@ -170,7 +170,9 @@ class Averaging:
         return self.ask_about_schemas(row) if row.state <= State.SUSPECT else []
 
     def next_deadline(self) -> float:
-        return min((run.next_deadline() for run in self._runs.values()), default=math.inf)
+        if not self._runs:
+            return math.inf
+        return min(run.next_deadline() for run in self._runs.values())
 
     def on_deadline(self, now: float) -> list[ev.Effect]:
         effects: list[ev.Effect] = []

@@ -62,25 +62,27 @@ def _content(row: Member) -> str:
 
 
 @lru_cache(maxsize=MEMBERS_LIMIT)
-def version(row: Member) -> int:
-    """64 bits of everything in a row: equal in two tables where the rows are. Kept, because in a
-    simulation a thousand tables take in the same row."""
+def known(row: Member) -> tuple[Member, int]:
+    """(the one object for equal rows, its version). So what is kept for a row is found without comparing
+    fields. A version is 64 bits of everything in a row: equal in two tables where the rows are.
+    Kept, because in a simulation a thousand tables take in the same row."""
     text = f"{row.node} {row.incarnation} {int(row.state)} {row.accusers} {_content(row)}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+    return row, int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 class Membership:
     """All members that this node has heard of, itself included. Times are monotonic seconds."""
 
     def __init__(self, own: Member) -> None:
-        self._own = own
+        self._own, own_version = known(own)
         self._others: dict[NodeId, Member] = {}
         self._ended_at: dict[NodeId, float] = {}
-        self._versions: dict[NodeId, int] = {own.node: version(own)}
+        self._versions: dict[NodeId, int] = {own.node: own_version}
+        self._by_version: dict[int, NodeId] = {own_version: own.node}
         self._trains: dict[NodeId, Member] = {}
         self.living = 1
         """members that are alive or suspect, this node included"""
-        self.fingerprint = self._versions[own.node]
+        self.fingerprint = own_version
         """of all living rows: equal in two tables where those are"""
 
     @property
@@ -174,27 +176,23 @@ class Membership:
         """Of every row that others are told."""
         if not self._ended_at:
             return tuple(self._versions.values())
-        return tuple(self._versions[row.node] for row in self._told(now))
+        return tuple(v for node, v in self._versions.items() if self._is_told(node, now))
 
     def compare(self, theirs: Iterable[int], now: float) -> tuple[list[Member], tuple[int, ...]]:
         """(rows that a table of these versions lacks, versions that this one lacks)."""
-        known, mine = set(theirs), set(self._versions.values())
-        lacked = self.rows_of(mine - known, now)
-        return lacked, tuple(sorted(known - mine))
+        theirs, mine = set(theirs), self._by_version.keys()
+        return self.rows_of(mine - theirs, now), tuple(sorted(theirs - mine))
 
     def rows_of(self, versions: Iterable[int], now: float) -> list[Member]:
         """The rows of these versions, as far as they are still what this table says."""
-        wanted = set(versions)
-        if not wanted:
-            return []
-        return [row for row in self._told(now) if self._versions[row.node] in wanted]
+        found = (self._by_version.get(version) for version in sorted(versions))
+        return [self._row(node) for node in found if node is not None and self._is_told(node, now)]
 
-    def _told(self, now: float) -> list[Member]:
-        ended = self._ended_at
-        if not ended:
-            return [self._own, *self._others.values()]
-        rows = self._others.values()
-        return [self._own, *(r for r in rows if now - ended.get(r.node, now) <= TELL_ENDED_S)]
+    def _row(self, node: NodeId) -> Member:
+        return self._own if node == self._own.node else self._others[node]
+
+    def _is_told(self, node: NodeId, now: float) -> bool:
+        return now - self._ended_at.get(node, now) <= TELL_ENDED_S
 
     # ----------------------------------------------------------------------------------- rows
 
@@ -204,7 +202,7 @@ class Membership:
         if old is None:
             if len(self._others) >= MEMBERS_LIMIT and not self._forget_one():
                 return None
-        elif row == old:
+        elif row is old or row == old:
             return None
         elif not supersedes(row, old):
             if row.state is not State.SUSPECT or supersedes(old, row):
@@ -213,9 +211,10 @@ class Membership:
             if accusers == old.accusers:
                 return None
             row = replace(row, accusers=accusers)
+        row, version = known(row)
         self._count_out(row.node)
         self._others[row.node] = row
-        self._versions[row.node] = version(row)
+        self._keep_version(row.node, version)
         if row.runs:
             self._trains[row.node] = row
         else:
@@ -223,7 +222,7 @@ class Membership:
         if row.state <= State.SUSPECT:
             self._ended_at.pop(row.node, None)
             self.living += 1
-            self.fingerprint ^= self._versions[row.node]
+            self.fingerprint ^= version
         else:
             self._ended_at.setdefault(row.node, now)
         return row
@@ -238,10 +237,15 @@ class Membership:
         return True
 
     def _own_row(self, row: Member) -> Member:
-        self.fingerprint ^= self._versions[row.node]
-        self._own, self._versions[row.node] = row, version(row)
-        self.fingerprint ^= self._versions[row.node]
-        return row
+        self._own, version = known(row)
+        self.fingerprint ^= self._versions[row.node] ^ version
+        self._keep_version(row.node, version)
+        return self._own
+
+    def _keep_version(self, node: NodeId, version: int) -> None:
+        self._by_version.pop(self._versions.get(node, -1), None)
+        self._versions[node] = version
+        self._by_version[version] = node
 
     def _count_out(self, node: NodeId) -> None:
         old = self._others.get(node)
@@ -251,7 +255,7 @@ class Membership:
 
     def _forget(self, node: NodeId) -> None:
         self._count_out(node)
-        del self._others[node], self._versions[node]
+        del self._others[node], self._by_version[self._versions.pop(node)]
         self._ended_at.pop(node, None)
         self._trains.pop(node, None)
 

@@ -16,7 +16,7 @@ from mesh.core.contacts import DIAL_BELOW, Connection, Contacts
 from mesh.core.detector import Detector
 from mesh.core.findings import Finding, Gone, Reach, Silent, Tell
 from mesh.core.gossip import Gossip, pages
-from mesh.core.membership import INCARNATION_BLOCK, Membership
+from mesh.core.membership import INCARNATION_BLOCK, LARGE, Membership
 from mesh.core.messages import IdentityTaken, Member, NodeId, Ping, RunInfo, State, short
 from mesh.core.strangers import Strangers
 from mesh.core.twins import Check, Twins, taken
@@ -192,8 +192,8 @@ class Peers:
         return []
 
     def _search(self, now: float) -> None:
-        """Now and then: members that this node is not connected to, the living (in a large mesh one
-        of them), and one of the dead. mDNS does not say again what it said an hour ago."""
+        """Now and then: members that this node is not connected to, the living (in a large mesh now
+        and then one of them), and one of the dead. mDNS does not say again what it said an hour ago."""
         self._search_at = now + SEARCH_S
         for node in self.membership.expire(now):
             self.reasons.pop(node, None)
@@ -203,8 +203,8 @@ class Peers:
         living = self.membership.living_others()
         most = len(living)
         if self.membership.large:
-            most = max(1, DIAL_BELOW - len(connected))
-            # So many that enough of them are not connected: a thousand rows need not be looked at.
+            # All nodes together look for LARGE: that finds the other side of a partition in seconds.
+            most = max(int(self._rng.random() * most < LARGE), DIAL_BELOW - len(connected))
             living = self._rng.sample(living, min(most + len(connected), len(living)))
         missing = [others[node] for node in living if node not in connected][:most]
         ended = self.membership.ended_others()

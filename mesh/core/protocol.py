@@ -211,7 +211,7 @@ class MeshProtocol:
             case Ack():
                 found = detector.acknowledged(node, message.sequence, now)
                 effects = peers.found(found, now) + gossip.compare(node, message.table, now)
-                return effects + self._report_to(node, now)
+                return effects if self._reports.crowded else effects + self._report_to(node, now)
             case Question():
                 return self._questions.question(node, message, now)
             case Answer():

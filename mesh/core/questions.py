@@ -272,6 +272,8 @@ class Questions:
     # -------------------------------------------------------------------------------------- time
 
     def next_deadline(self) -> float:
+        if not (self._asked or self._answering or self._passed):  # as nearly always
+            return math.inf
         asked = (min(one.deadline, one.retry_at) for one in self._asked.values())
         answering = (one.until for one in self._answering.values())
         passed = (one.until for one in self._passed.values())
@@ -283,16 +285,16 @@ class Questions:
 
     def on_deadline(self, now: float) -> list[ev.Effect]:
         effects: list[ev.Effect] = []
+        if now < self.next_deadline():
+            return effects
         for asked in list(self._asked.values()):
             if asked.deadline <= now:
                 del self._asked[asked.ask.number]
                 effects.append(ev.Told(number=asked.ask.number, failure="timeout"))
             elif asked.retry_at <= now:
                 effects += self._try(asked, now)
-        if self._passed or self._answering:
-            self._passed = {key: one for key, one in self._passed.items() if one.until > now}
-            kept = {key: one for key, one in self._answering.items() if one.until > now}
-            self._answering = kept
+        self._passed = {key: one for key, one in self._passed.items() if one.until > now}
+        self._answering = {key: one for key, one in self._answering.items() if one.until > now}
         return effects
 
     def lost(self, node: NodeId) -> None:

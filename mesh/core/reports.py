@@ -1,14 +1,14 @@
 """How the runs do on other nodes: figures for people, handed on beside the probes.
 
 Rules: 1. They decide nothing; a wrong one misleads nobody but a reader. 2. A probe and its answer
-carry REPORTS_LIMIT of them at most, fewer in a large mesh, in turn: what it costs does not grow with the
+carry REPORTS_LIMIT of them at most, in turn; among more than CROWD members fewer, and the answer only: what it costs does not grow with the
 number of nodes, and in a mesh of sixty they are about ten seconds old. (To tell what was told least often, as SWIM picks
 its news, starves some where each second brings more news than fits.) 3. Only what the table knows is kept: a living member, and a run that its row names.
 A report's trip: Posted -> publish() -> a Ping or an Ack comes -> news() -> Reports -> the peer's heard() -> of().
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mesh.core.for_people import REPORTS_LIMIT, Figures, Report, Reports
 from mesh.core.membership import Membership
@@ -19,10 +19,11 @@ TELLINGS = 8
 
 RENEW_S = 1.0
 
-CROWDED = 2048
+CROWD = 64
 FEWEST = 4
-"""Reports beside one probe, times the members; and how few at least. At a thousand nodes 32 beside each
-probe were a fifth of all that a node did, for figures that nobody reads one by one."""
+"""Members with whom REPORTS_LIMIT at a time is still what each may cost; and how few go at least. At a thousand
+nodes 32 beside each probe and each answer were a third of all that a node did, for figures that nobody
+reads one by one."""
 
 REPORTS_KEPT = 8192
 """Two runs on each of 4096 members."""
@@ -69,11 +70,17 @@ class ReportTable:
         row = self._membership.others[report.node]
         return report.serial >> 32 > row.incarnation
 
+    @property
+    def crowded(self) -> bool:
+        """Whether an answer alone carries reports."""
+        return len(self._membership.others) >= CROWD
+
     def news(self, now: float) -> Reports | None:
         """What to tell next; None if everything was told often enough."""
         self._renew(now)
         told: list[_Kept] = []
-        limit = max(FEWEST, min(REPORTS_LIMIT, CROWDED // (1 + len(self._membership.others))))
+        share = REPORTS_LIMIT * CROWD // (1 + len(self._membership.others))
+        limit = max(FEWEST, min(REPORTS_LIMIT, share))
         for node in list(self._kept):
             news = [kept for kept in self._kept[node].values() if kept.told < TELLINGS]
             if told and len(told) + len(news) > limit:
@@ -84,7 +91,14 @@ class ReportTable:
         for kept in told:
             kept.told += 1
         reports = tuple(
-            replace(one.report, age_ms=max(0, round(1000 * (now - one.since)))) for one in told
+            Report(
+                node=one.report.node,
+                run=one.report.run,
+                serial=one.report.serial,
+                age_ms=max(0, round(1000 * (now - one.since))),
+                figures=one.report.figures,
+            )
+            for one in told
         )
         return Reports(reports=reports) if reports else None
 

@@ -73,13 +73,17 @@ class Twins:
 
     def due(self, now: float) -> list[Check]:
         """Checks whose old connection stayed silent."""
+        if not self._checks:
+            return []
         due = [check for check in self._checks.values() if check.deadline <= now]
         for check in due:
             del self._checks[check.old.number]
         return due
 
     def next_deadline(self) -> float:
-        return min((check.deadline for check in self._checks.values()), default=math.inf)
+        if not self._checks:  # as nearly always
+            return math.inf
+        return min(check.deadline for check in self._checks.values())
 
 
 def taken(host: str) -> str:
