@@ -173,6 +173,7 @@ def _make_node(
         refused=lambda kind: refused[0](kind),
         port=settings.port,
         interfaces=settings.interfaces,
+        towards=tuple(peer.host for peer in settings.peers),
     )
     discovery = MdnsDiscovery(
         node=identity.node, beacon=identity.beacon, interfaces=settings.interfaces

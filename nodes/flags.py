@@ -42,7 +42,8 @@ def up(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="announce and listen on this network interface only (repeatable)",
+        help="announce and listen on this network interface only (repeatable; "
+        "default: all but loopback, bridges to containers and VPNs)",
     )
     parser.add_argument(
         "--no-mdns", action="store_true", help="neither announce this node nor look for others"
@@ -195,7 +196,7 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="look at this network interface only (repeatable; default: all but loopback)",
+        help="look at this network interface only (repeatable; default: those that a node uses)",
     )
 
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 from random import Random
 
 import jsonschema
@@ -211,7 +212,8 @@ def test_the_real_torch_gives_the_product_that_is_asked_for(capsys):
 # -------------------------------------------------------------------------------- the network
 
 LAN = Interface(name="eth0", networks=("192.168.1.20/24",), kind="lan", looked_at=True)
-DOCKER = Interface(name="docker0", networks=("172.17.0.1/16",), kind="containers", looked_at=True)
+DOCKER = Interface(name="docker0", networks=("172.17.0.1/16",), kind="containers", why="a bridge")
+VPN = Interface(name="wg0", networks=("10.1.0.2/24",), kind="vpn", why="a tunnel")
 OWN, PEER = "o" * 52, "p" * 52
 AT = Address("192.168.1.44", 7710)
 
@@ -312,12 +314,34 @@ def test_multicast_that_cannot_be_sent_or_heard_fails_on_a_lan_only():
     held = read(echo(error="address already in use", looped=False))
     assert held[0][:2] == ("multicast", "fail")
     assert "held by a program" in held[0][2]
-    vpn = Interface(name="wg0", networks=("10.1.0.2/24",), kind="vpn", looked_at=True)
-    found = read(echo(interface="wg0", looped=False), interfaces=(LAN, vpn))
+    found = read(echo(interface="wg0", looped=False), interfaces=(LAN, VPN))
     assert found[0][:2] == ("multicast", "warn")
     assert read(echo(interface="docker0")) == []
     nowhere = Interface(name="eth0", networks=(), kind="lan", looked_at=True)
     assert [found[:2] for found in read(interfaces=(nowhere,))] == [("interface", "fail")]
+
+
+def test_an_interface_that_is_ignored_says_why_and_how_to_use_it_and_one_that_is_alone_is_used():
+    def told(*interfaces):
+        seen = Surroundings(protocol="4", interfaces=interfaces, echoes=(), knocks=())
+        return [f.text for f in Reading(case("/state"), None, seen).interfaces() if f.level == "ok"]
+
+    lan, docker, vpn = told(LAN, DOCKER, VPN)
+    assert lan == "eth0 192.168.1.20: used"
+    use = "mesh up --interface eth0 --interface"
+    assert docker == f"docker0 172.17.0.1: ignored, a bridge; {use} docker0 uses it"
+    assert vpn == f"wg0 10.1.0.2: ignored, a tunnel; {use} wg0 uses it"
+    named = told(LAN, replace(DOCKER, looked_at=True))
+    assert named[1].startswith("docker0 172.17.0.1: used; only containers")
+    cable_out = replace(LAN, networks=(), looked_at=False)
+    [alone] = told(cable_out, replace(VPN, looked_at=True))
+    assert alone.startswith(
+        "wg0 10.1.0.2: used, as no LAN has an address; a VPN: it seldom carries"
+    )
+    assert "give an address with --peer" in alone
+    assert told(replace(LAN, looked_at=False)) == [
+        "eth0 192.168.1.20: left out, as --interface says"
+    ]
 
 
 def test_a_node_that_its_own_machine_cannot_reach_is_told():
