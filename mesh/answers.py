@@ -157,10 +157,12 @@ class Answers:
             exits=self.exits,
             allow_control=self._allow_control,
             load=self._node.journal.load(),
+            cpu=self._node.journal.cpu(),
         )
 
     async def _peers(self, request: Request, tell: Tell) -> dict[str, Any]:
-        return report.peers(self._node.statistics(), load=self._node.journal.load())
+        journal = self._node.journal
+        return report.peers(self._node.statistics(), load=journal.load(), cpu=journal.cpu())
 
     async def _runs(self, request: Request, tell: Tell) -> dict[str, Any]:
         return report.runs(self._node.statistics())

@@ -176,6 +176,7 @@ _figures = record(
     out_bytes_s=rate,
     in_bytes_s=rate,
     load=figure,
+    cpu=figure,
 )
 _report = record(
     Report, node=node_id, run=_run_name, serial=_counter, age_ms=_counter, figures=_figures

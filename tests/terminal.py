@@ -210,6 +210,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                 "name": "studio",
                 "addresses": ["192.168.1.0:7710"],
                 "load": 0.4,
+                "cpu": 0.4,
                 "runs": runs(0, at),
             },
             "peers": [
@@ -224,6 +225,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                     "seen_s": 0.4,
                     "incarnation": "1",
                     "load": 0.4,
+                    "cpu": 0.4,
                     "runs": [] if rank in dead or rank in idle else runs(rank, at),
                 }
                 for rank in range(1, nodes)

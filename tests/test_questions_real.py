@@ -120,6 +120,10 @@ def test_the_figures_of_the_other_node_come_with_the_probes(lan, shell):
         return [(run["step"], run["loss"]) for run in peer["runs"]] == [(702, 0.125)]
 
     until(told, "a knows how far b is")
+    # Of a core: this process is the training of both.
+    until(lambda: shell.json(1, "status")["node"]["cpu"], "b has looked at its processes twice")
+    lan.post(lan.trainings[1], step=702, loss=0.125, samples=200)
+    until(lambda: shell.json(0, "peers")["peers"][0]["cpu"], "and told a")
     _, out, _ = shell.run(0, "peers")
     assert out.splitlines()[2].split()[:2] == ["b", "alive"]
     assert out.splitlines()[2].split()[6:8] == ["702", "0.125"]

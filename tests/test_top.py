@@ -150,7 +150,7 @@ def test_a_picture_shows_what_the_screen_would(hundred, tmp_path, capsys):
 def test_no_line_is_wider_than_the_terminal(columns):
     rows = [
         row("日本語-" * 8, run="a", step=123_456_789, loss=1234.5678, drift=1e-7, samples_s=1e6),
-        row("long" * 8, run="b" * 64, in_bytes_s=123456789.0, out_bytes_s=999.6, load=15.99),
+        row("long" * 8, run="b" * 64, in_bytes_s=123456789.0, out_bytes_s=999.6, cpu=15.99),
     ]
     trails = Trails()
     trails.follow(rows)
@@ -171,8 +171,8 @@ def test_runs_are_named_where_there_are_several():
 
 
 def test_every_column_sorts_and_who_knows_nothing_comes_last():
-    low = row("low", step=1, loss=1.0, drift=1.0, samples_s=1.0, in_bytes_s=1.0, out_bytes_s=1.0, load=0.1)  # fmt: skip
-    high = low._replace(name="high", id="id-high", step=2, loss=2.0, drift=2.0, samples_s=2.0, in_bytes_s=2.0, out_bytes_s=2.0, load=0.2, state="suspect")  # fmt: skip
+    low = row("low", step=1, loss=1.0, drift=1.0, samples_s=1.0, in_bytes_s=1.0, out_bytes_s=1.0, cpu=0.1)  # fmt: skip
+    high = low._replace(name="high", id="id-high", step=2, loss=2.0, drift=2.0, samples_s=2.0, in_bytes_s=2.0, out_bytes_s=2.0, cpu=0.2, state="suspect")  # fmt: skip
     none = row("none", run=None, state="dead", reason="gone")
     for sort in SORTS:
         names = [one.name for one in overview.ordered([none, low, high], sort)]
