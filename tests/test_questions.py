@@ -4,6 +4,7 @@ import gc
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -549,6 +550,49 @@ def test_a_bench_is_bounded_in_bytes_on_both_ends_and_one_at_a_time():
             await shell.ask("bench", target="n2", bytes=1)
 
     run_seeded(main, 10)
+
+
+def test_how_far_a_bench_between_two_others_came_is_told_to_whoever_asked_for_it():
+    async def main(rng):
+        async with memory_mesh(rng, 3) as mesh:
+            await until(lambda: knows_all(mesh, 1, 3), 5.0)
+            shell, came = Shell(mesh.nodes[1]), []
+            Shell(mesh.nodes[2])
+
+            async def hear(progress):
+                came.append(progress)
+
+            order = {"op": "bench", "of": "n2", "target": "n3", "bytes": 2**30, "seconds": 2.0}
+            written = await shell.answers.answer({**order, "progress": True}, hear)
+            assert fits(json.loads(written))["node"]["name"] == "n2"
+            assert {one["part"] for one in came} >= {"sending", "receiving"}
+            sent = [one["share"] for one in came if one["part"] == "sending"]
+            assert sent == sorted(sent)
+            assert 0 < sent[0] < sent[-1] <= 1
+
+            came.clear()
+            quick = await shell.answers.answer(order, hear)
+            assert (json.loads(quick)["ok"], came) == (True, []), (
+                "who did not ask for it is not told"
+            )
+            for junk in ('{"progress": {"part": 7, "share": 1}}', "[" * 9999, '{"progress": null}'):
+                told = partial(_told, junk)
+                mesh.nodes[1].desk.ask = told
+                with trio.move_on_after(1.0):
+                    await shell.answers._follow(node_id(2), hear)
+            assert came == []
+            mesh.nodes[1].desk.ask = partial(
+                _told, '{"progress": {"part": "\\u001b[2J", "share": 1e9}}'
+            )
+            with trio.move_on_after(0.3):
+                await shell.answers._follow(node_id(2), hear)
+            assert came == [{"part": "", "share": 1.0}], "nothing of it reaches the terminal"
+
+    run_seeded(main, 12)
+
+
+async def _told(text, *question):
+    return ev.Told(number=1, text=text, hops=0, failure="")
 
 
 def test_a_bench_without_end_is_ended_by_the_other_end(monkeypatch):

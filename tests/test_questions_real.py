@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from nodes import questions
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, Host, NumpyTraining, free_port, until
 from tests.schemas import fits
+from tests.terminal import Terminal
 
 ASKED = [
     ("status",),
@@ -147,6 +149,15 @@ def test_history_is_kept_and_asked_for(lan, monkeypatch):
     del answer["ok"]
     fits(answer)
     assert answer["runs"][0]["points"][-1][1] in (0, 9)
+
+
+def test_a_bench_that_another_node_makes_shows_on_a_terminal_how_far_it_came(lan):
+    order = ("bench", "a", "-N", "b", "--mb", "1024", "--seconds", "1")
+    with Terminal(*order, **lan.hosts[0].environment) as terminal:
+        terminal.until(lambda lines: re.match(r"sending +#+-", lines[0]), "a bar")
+        assert terminal.exit_code() == 0
+        assert "#" not in "".join(terminal.lines), "it goes when the answer is there"
+        assert terminal.lines[0].startswith("b - a  connected in")
 
 
 def test_events_are_followed_one_object_a_line_until_ctrl_c(lan, shell):
