@@ -147,9 +147,7 @@ def top(parser: argparse.ArgumentParser) -> None:
 def plot(parser: argparse.ArgumentParser) -> None:
     question(parser)
     parser.add_argument("--run", metavar="NAME", help="of this run only")
-    parser.add_argument(
-        "-o", dest="output", metavar="FILE", help="into a picture: .png, .svg, .pdf"
-    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="into a picture: .png, .svg, .pdf")
 
 
 def ls(parser: argparse.ArgumentParser) -> None:
@@ -234,7 +232,8 @@ def sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluate", metavar="NAME", help="a function of SCRIPT: evaluate(model) -> accuracy"
     )
-    parser.add_argument("-o", "--out", metavar="FILE", help="draw SCRIPT's curves (matplotlib)")
+    # --out, as it was called first, is understood as the beginning of --output.
+    parser.add_argument("-o", "--output", metavar="FILE", help="draw SCRIPT's curves (matplotlib)")
     parser.add_argument(
         "script",
         metavar="SCRIPT",

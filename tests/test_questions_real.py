@@ -151,6 +151,32 @@ def test_history_is_kept_and_asked_for(lan, monkeypatch):
     assert answer["runs"][0]["points"][-1][1] in (0, 9)
 
 
+def test_top_and_plot_of_another_node_are_drawn_as_it_sees_the_mesh(lan, shell):
+    for rank, training in enumerate(lan.trainings):
+        lan.post(training, step=800 + rank, loss=0.5, samples=900)
+
+    def steps():
+        return {row["name"]: row["step"] for row in shell.json(0, "top", "-N", "b")["rows"]}
+
+    until(lambda: steps() == {"a": 800, "b": 801}, "b knows how far a is")
+    top = shell.json(0, "top", "-N", "b")
+    assert top["node"] == "b"
+    assert {row["name"]: row["own"] for row in top["rows"]} == {"a": False, "b": True}
+    lines = shell.run(0, "top", "-N", "b")[1].splitlines()
+    assert [line.split()[:3] for line in lines[3:]] == [["a", "alive", "800"], ["*", "b", "alive"]]
+
+    plot = shell.json(0, "plot", "-N", "b")
+    assert [node["node"]["name"] for node in plot["nodes"]] == ["b", "a"], (
+        "the one that is meant first"
+    )
+    assert all(node["runs"][0]["points"] for node in plot["nodes"])
+    code, out, err = shell.run(0, "plot", "-N", "b")
+    assert (code, err) == (0, "")
+    assert "* b  o a" in out.splitlines()
+    code, _, err = shell.run(0, "plot", "-N", "nobody")
+    assert (code, "there are: a, b" in err) == (2, True)
+
+
 def test_a_bench_that_another_node_makes_shows_on_a_terminal_how_far_it_came(lan):
     order = ("bench", "a", "-N", "b", "--mb", "1024", "--seconds", "1")
     with Terminal(*order, **lan.hosts[0].environment) as terminal:
