@@ -23,6 +23,7 @@ from mesh.core import events as ev
 from mesh.core.messages import Member, NodeId, State, short
 from mesh.errors import MeshError, NodeRefused, UsageError
 from mesh.history import POINTS_LIMIT
+from mesh.journal import Happening
 from mesh.node import Node
 from mesh.runs import Run
 
@@ -201,16 +202,22 @@ class Answers:
         return report.runs(self._node.statistics())
 
     async def _events(self, request: Request, tell: Tell) -> dict[str, Any]:
-        journal, since = self._node.journal, request.get("since", 0)
-        await journal.wait(lambda: journal.events(since, 1), request.get("wait_s", 0.0))
-        kept = journal.events(since, request.get("limit", PAGE_LIMIT))
-        return records.events(kept, self._node.own, since=since, **self._times())
+        return await self._page(request, self._node.journal.events, records.events)
 
     async def _logs(self, request: Request, tell: Tell) -> dict[str, Any]:
-        journal, since = self._node.journal, request.get("since", 0)
-        await journal.wait(lambda: journal.lines(since, 1), request.get("wait_s", 0.0))
-        kept = journal.lines(since, request.get("limit", PAGE_LIMIT))
-        return records.logs(kept, self._node.own, since=since, **self._times())
+        return await self._page(request, self._node.journal.lines, records.logs)
+
+    async def _page(
+        self,
+        request: Request,
+        read: Callable[[int, int], list[Happening]],
+        write: Callable[..., dict[str, Any]],
+    ) -> dict[str, Any]:
+        """What one of the rings has, once it has anything, or after `wait_s`."""
+        since = request.get("since", 0)
+        await self._node.journal.wait(lambda: read(since, 1), request.get("wait_s", 0.0))
+        kept = read(since, request.get("limit", PAGE_LIMIT))
+        return write(kept, self._node.own, since=since, **self._times())
 
     async def _history(self, request: Request, tell: Tell) -> dict[str, Any]:
         return records.history(

@@ -22,7 +22,7 @@ from mesh import diagnosis, identity
 from mesh.core.address import Address
 from mesh.net import survey
 from mesh.surroundings import Announcement, Echo, Interface, Knock, Outcome, Surroundings
-from nodes import doctor, machine_checks
+from nodes import doctor, machine_checks, peer_clocks
 from nodes.cli import main
 from nodes.findings import Finding, fail, ok, warn
 from nodes.machine_checks import Case
@@ -132,6 +132,40 @@ def test_a_clock_that_is_off_is_told_from_the_disk_s_clock_and_from_files_of_its
     level, text, cure = only(machine_checks.clock(state, now))
     assert (level, "set-ntp" in cure) == ("warn", True)
     assert "behind" in text
+
+
+def test_clocks_of_peers_are_compared_and_the_one_that_stands_alone_is_named():
+    assert peer_clocks.compared({}) == []
+    assert only(peer_clocks.compared({"pi4": 0.2, "pi5": -1.0})) == (
+        "ok",
+        "within a minute of those of pi4, pi5",
+        "",
+    )
+    level, text, cure = only(peer_clocks.compared({"pi4": 0.2, "pi5": -3600.0}))
+    assert (level, text) == ("warn", "pi5's clock is 1h00m behind this one")
+    assert cure.startswith("on pi5, or here: ")
+    level, text, cure = only(peer_clocks.compared({"pi4": 90.0, "pi5": 91.0}))
+    assert (level, text) == ("warn", "this machine's clock is 1m30s behind those of its peers")
+    assert len(peer_clocks.compared({"pi4": 90.0, "pi5": -90.0})) == 2
+
+
+def test_a_peer_s_clock_is_read_off_its_answer_and_who_says_nothing_is_left_out(monkeypatch):
+    answers = {"a": {"time": time.time() + 600}, "b": {"time": "late"}, "c": {}, "d": None}
+
+    def ask(node, op, *, of, **fields):
+        if answers[of] is None:
+            raise mesh.NodeTimeout("no answer")
+        return answers[of]
+
+    monkeypatch.setattr(mesh, "ask", ask, raising=False)
+    peers = [{"id": k, "name": f"pi-{k}", "state": "alive"} for k in answers]
+    peers.append({"id": "e", "name": "gone", "state": "dead"})
+    clocks = peer_clocks.PeerClocks(case("/state", node=object(), peers={"peers": peers}))
+    [finding] = clocks.findings()
+    assert finding.level == "warn"
+    assert list(clocks.offsets) == ["pi-a"]
+    assert 590 < clocks.offsets["pi-a"] < 610
+    assert peer_clocks.PeerClocks(case("/state")).findings() == [], "where no node runs"
 
 
 def test_too_few_descriptors_are_told_before_they_are_missing():

@@ -126,6 +126,8 @@ def make_ill(lab: FaultyLab, ward: Ward) -> None:
     python_path(ward.alone, "torch.py", ILL)
     python_path(ward.copied, "torch.py", WELL)
     ward.alone.up()
+    if faketime_library():
+        set_wall_clock(ward.pi4, -2)
     for machine in (ward.pi4, ward.kitchen, ward.pantry, ward.stranger):
         machine.up()
     ward.studio.up("--peer", ward.stranger.address)
@@ -282,6 +284,12 @@ def test_a_clock_that_is_years_off_is_a_warning(ward: Ward) -> None:
     assert "apart" in ward.found(ward.copied, "clock", "warn") or "behind" in ward.found(
         ward.copied, "clock", "warn"
     )
+
+
+@pytest.mark.skipif(faketime_library() is None, reason="no faketime here")
+def test_a_peer_whose_clock_is_days_off_is_named_from_elsewhere(ward: Ward) -> None:
+    found = ward.found(ward.studio, "clock", "warn")
+    assert re.search(r"pi4's clock is (2d0h|1d23h) behind this one -> on pi4, or here", found)
 
 
 def test_a_machine_that_is_kept_apart_is_told_so(ward: Ward) -> None:
