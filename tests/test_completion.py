@@ -133,11 +133,8 @@ def test_zsh_completes_commands_flags_names_and_directories(host):
         "PS1='ready> '; unsetopt beep\n"
     )
     typed = {
-        "mesh sta": "mesh status",
         "mesh status --js": "mesh status --json",
-        "mesh completion fi": "mesh completion fish",
         "mesh service install --pr": "mesh service install --print",
-        "mesh status -N stu": "mesh status -N studio",
         "mesh status -N pi\\ ": "mesh status -N pi\\ kitchen",
         "mesh status -N \\$": "mesh status -N \\$\\(touch\\ trapped\\)",
         "mesh up --state da": "mesh up --state data/",

