@@ -20,6 +20,7 @@ COUNT = 100
 NAMES = [f"n{index:03}" for index in range(1, COUNT + 1)]
 LIMIT_S = 0.3
 
+
 class Asked:
     """The node n001 of the hundred."""
 

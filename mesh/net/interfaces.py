@@ -125,15 +125,16 @@ def all_interfaces(kernel: Kernel | None = None) -> tuple[Interface, ...]:
     kernel = kernel or Kernel()
     found = []
     for adapter in ifaddr.get_adapters(include_unconfigured=True):
-        name = adapter.nice_name
-        kind, why = "loopback", ""
-        if name != "lo" and not any(network.is_loopback for network in _networks(adapter)):
+        name, networks = adapter.nice_name, _networks(adapter)
+        kind, why = "lan", ""
+        if name == "lo" or any(network.is_loopback for network in networks):
+            kind = "loopback"
+        elif networks:  # this is asked each second, and a host of containers has hundreds without
             kind, why = kernel.kind(name)
-        networks = sorted(map(str, _networks(adapter)))
         found.append(
             Interface(
                 name=name,
-                networks=tuple(sorted(networks, key=lambda text: ":" in text)),
+                networks=tuple(sorted(map(str, networks), key=lambda text: (":" in text, text))),
                 kind=kind,
                 why=why,
             )
