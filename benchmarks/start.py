@@ -2,7 +2,8 @@
 
     python -m benchmarks.start [--quick] [--json]
 
-`mesh status` and `mesh peers`: a process from nothing to its end. A node: from its start until it and
+`mesh status` and `mesh peers`: a process from nothing to its end; then `peers` and `top` of a node that
+knows a hundred (crowd.py). A node: from its start until it and
 the one that was up list each other as alive, found over mDNS on loopback. `mesh run`: from the command
 until its script has completed an exchange (it takes its first weights from a training that is there),
 less what a process takes to import torch and make an optimizer, which imports half of torch again, in
@@ -10,6 +11,7 @@ the same round. CPU time stands beside: on a busy machine that is what can be co
 started as a shell starts it, with a fresh interpreter; nothing is kept warm but the disk.
 """
 
+import json
 import resource
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from benchmarks.machine import LOOPBACK, STOP_S, Machine, alive, machine, until
 from mesh.client import RunningNode
 
 ASK_GOAL_MS = 120.0
+CROWD = 100
+CROWD_GOAL_MS = 300.0
 MEMBER_GOAL_S = 1.5
 EXCHANGE_GOAL_S = 1.0
 EXCHANGE_S = 75.0
@@ -72,6 +76,24 @@ def ask_the_shell(own: Machine, rounds: int) -> list[Figure]:
         "mesh status": ("-m", "nodes.cli", "status"),
         "mesh peers": ("-m", "nodes.cli", "peers"),
     }
+    return each_command(own, commands, rounds, ASK_GOAL_MS)
+
+
+def ask_in_a_crowd(own: Machine, rounds: int) -> list[Figure]:
+    """The same of one of a hundred nodes; the other 99 are slowed down, as if on other machines."""
+    state = own.root / "crowd"
+    order = {"state": str(state), "nodes": CROWD}
+    own.spawn("-m", "benchmarks.crowd", json.dumps(order)).hear()
+    commands = {
+        f"mesh {name} of {CROWD} nodes": ("-m", "nodes.cli", *name.split(), "--state", str(state))
+        for name in ("peers", "peers -o wide", "top")
+    }
+    return each_command(own, commands, rounds, CROWD_GOAL_MS)
+
+
+def each_command(
+    own: Machine, commands: dict[str, tuple[str, ...]], rounds: int, goal_ms: float
+) -> list[Figure]:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, arguments in commands.items():
@@ -81,7 +103,7 @@ def ask_the_shell(own: Machine, rounds: int) -> list[Figure]:
     for name, times in taken.items():
         for index, what in enumerate((name, f"{name}: CPU")):
             values = [1000 * both[index] for both in times]
-            goal = ASK_GOAL_MS if not index and name.startswith("mesh") else None
+            goal = goal_ms if not index and name.startswith("mesh") else None
             found.append(figure(what, values, "ms", goal))
     return found
 
@@ -143,6 +165,7 @@ def main() -> int:
         figures = ask_the_shell(own, rounds)
         figures += become_a_member(own, first, rounds)
         figures += first_exchange(own, first, rounds)
+        figures += ask_in_a_crowd(own, rounds)
     return present("start", figures, flags)
 
 

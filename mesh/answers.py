@@ -7,6 +7,7 @@ A question's trip: control.py or desk.py -> answer() -> for another node: Desk.a
 answer(); else the operation -> a dict that JSON can write.
 """
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -19,9 +20,10 @@ import trio
 from mesh import bench, records, report
 from mesh.arguments import PAGE_LIMIT, WITHIN_LIMIT_S, Request, arguments, between, plain
 from mesh.core import events as ev
-from mesh.core.messages import Member, State, short
+from mesh.core.messages import Member, NodeId, State, short
 from mesh.errors import MeshError, NodeRefused, UsageError
 from mesh.history import POINTS_LIMIT
+from mesh.journal import Happening
 from mesh.node import Node
 from mesh.runs import Run
 
@@ -37,6 +39,10 @@ PING_S: Final = 2.0
 PING_PAUSE_S: Final = 0.1
 BENCH_BYTES: Final = 64 * 1024 * 1024
 BENCH_S: Final = 10.0
+PROGRESS_S: Final = 0.25
+"""Between two questions for how far a long operation of another node came."""
+
+PART_CHARACTERS: Final = 12
 
 
 class Operation(NamedTuple):
@@ -64,6 +70,8 @@ class Answers:
         self._state = state
         self._stop = stop
         self._allow_control = allow_control
+        self._came: dict[NodeId, dict[str, Any]] = {}
+        """how far the long operation came that another member asked for"""
         self.exits: deque[report.Exit] = deque(maxlen=EXITS_KEPT)
         self._table = {
             "status": Operation(self._status),
@@ -87,7 +95,7 @@ class Answers:
         if isinstance(name, str):
             member = self.member(name)
             if member.node != self._node.id:
-                return await self._forward(member, request)
+                return await self._forward(member, request, tell)
         operation = self._operation(request)
         answer = {"ok": True, **await operation.act(arguments(request), tell)}
         if operation.ends:
@@ -97,6 +105,12 @@ class Answers:
     async def answer_peer(self, question: ev.Perform) -> str:
         """Another member asks."""
         request: Request = {a.name: plain(a.name, a.value) for a in question.arguments}
+        if question.op == "progress":
+            return json.dumps({"ok": True, "progress": self._came.get(question.asker)})
+
+        async def tell(progress: dict[str, Any]) -> None:
+            self._came[question.asker] = progress
+
         try:
             operation = self._operation({"op": question.op})
             if operation.write and not self._allow_control:
@@ -107,11 +121,13 @@ class Answers:
             if operation.write:
                 asker = self._node.name_of(question.asker)
                 self._node.journal.record("control", f"{asker} asks: {question.op}")
-            answer = {"ok": True, **await operation.act(arguments(request), _nobody)}
+            answer = {"ok": True, **await operation.act(arguments(request), tell)}
             if operation.ends:
                 self._node.desk.afterwards = self._stop
         except MeshError as error:
             answer = failure(error)
+        finally:
+            self._came.pop(question.asker, None)
         return json.dumps(answer, allow_nan=False)
 
     def member(self, name: str) -> Member:
@@ -136,16 +152,34 @@ class Answers:
             raise UsageError(f"this node knows no {str(request.get('op'))[:40]!r}")
         return operation
 
-    async def _forward(self, member: Member, request: Request) -> str:
+    async def _forward(self, member: Member, request: Request, tell: Tell) -> str:
         self._operation(request)
         given = arguments(request)
         within_s = between(request, "within_s", WITHIN_S, 0.1, WITHIN_LIMIT_S)
         op = str(request["op"])
-        try:
-            told = await self._node.desk.ask(member.node, op, given, within_s)
-        except MeshError as error:
-            raise type(error)(f"{member.name}: {error}") from None
-        return told.text
+        async with trio.open_nursery() as nursery:
+            if request.get("progress") is True:
+                nursery.start_soon(self._follow, member.node, tell)
+            try:
+                return (await self._node.desk.ask(member.node, op, given, within_s)).text
+            except MeshError as error:
+                failed = type(error)(f"{member.name}: {error}")
+            finally:
+                nursery.cancel_scope.cancel()
+        raise failed
+
+    async def _follow(self, node: NodeId, tell: Tell) -> None:
+        """Passes on how far another node came, until cancelled or nobody listens."""
+        with contextlib.suppress(OSError):  # whoever asked went away
+            while True:
+                await trio.sleep(PROGRESS_S)
+                with contextlib.suppress(MeshError, ValueError, RecursionError):
+                    told = await self._node.desk.ask(node, "progress", {}, PING_S)
+                    match json.loads(told.text):
+                        case {"progress": {"part": str(part), "share": int() | float() as share}}:
+                            shown = part if part.isprintable() else ""
+                            share = min(1.0, max(0.0, share))
+                            await tell({"part": shown[:PART_CHARACTERS], "share": share})
 
     # ---------------------------------------------------------------------------------- reading
 
@@ -157,25 +191,33 @@ class Answers:
             exits=self.exits,
             allow_control=self._allow_control,
             load=self._node.journal.load(),
+            cpu=self._node.journal.cpu(),
         )
 
     async def _peers(self, request: Request, tell: Tell) -> dict[str, Any]:
-        return report.peers(self._node.statistics(), load=self._node.journal.load())
+        journal = self._node.journal
+        return report.peers(self._node.statistics(), load=journal.load(), cpu=journal.cpu())
 
     async def _runs(self, request: Request, tell: Tell) -> dict[str, Any]:
         return report.runs(self._node.statistics())
 
     async def _events(self, request: Request, tell: Tell) -> dict[str, Any]:
-        journal, since = self._node.journal, request.get("since", 0)
-        await journal.wait(lambda: journal.events(since, 1), request.get("wait_s", 0.0))
-        kept = journal.events(since, request.get("limit", PAGE_LIMIT))
-        return records.events(kept, self._node.own, since=since, **self._times())
+        return await self._page(request, self._node.journal.events, records.events)
 
     async def _logs(self, request: Request, tell: Tell) -> dict[str, Any]:
-        journal, since = self._node.journal, request.get("since", 0)
-        await journal.wait(lambda: journal.lines(since, 1), request.get("wait_s", 0.0))
-        kept = journal.lines(since, request.get("limit", PAGE_LIMIT))
-        return records.logs(kept, self._node.own, since=since, **self._times())
+        return await self._page(request, self._node.journal.lines, records.logs)
+
+    async def _page(
+        self,
+        request: Request,
+        read: Callable[[int, int], list[Happening]],
+        write: Callable[..., dict[str, Any]],
+    ) -> dict[str, Any]:
+        """What one of the rings has, once it has anything, or after `wait_s`."""
+        since = request.get("since", 0)
+        await self._node.journal.wait(lambda: read(since, 1), request.get("wait_s", 0.0))
+        kept = read(since, request.get("limit", PAGE_LIMIT))
+        return write(kept, self._node.own, since=since, **self._times())
 
     async def _history(self, request: Request, tell: Tell) -> dict[str, Any]:
         return records.history(
@@ -327,10 +369,6 @@ def failure(error: Exception) -> dict[str, Any]:
     """How an error travels."""
     code = error.code if isinstance(error, MeshError) else MeshError.code
     return {"ok": False, "error": {"code": code, "message": str(error)}}
-
-
-async def _nobody(progress: dict[str, Any]) -> None:
-    pass
 
 
 def _spread(times: list[float] | tuple[float, ...]) -> dict[str, float | None]:

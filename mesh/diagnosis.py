@@ -22,7 +22,7 @@ from mesh.core.messages import PROTOCOL
 from mesh.errors import ConnectionRefused, IdentityError, MeshError, StreamLost
 from mesh.identity import Identity, node_of
 from mesh.memory import Memory
-from mesh.net.interfaces import all_interfaces
+from mesh.net.interfaces import all_interfaces, in_use
 from mesh.net.survey import survey
 from mesh.net.tcp import TcpTransport
 from mesh.settings import parse_address
@@ -51,7 +51,7 @@ def look_around(
     addresses: Iterable[str],
 ) -> Surroundings:
     """Looks for a few seconds. `interfaces`: only these; empty: those where a node `listens`; where it
-    does nowhere: all but loopback. `addresses` are knocked at, beside those that members announce;
+    does nowhere: those that one would use. `addresses` are knocked at, beside those that members announce;
     nothing is where this machine is in no mesh."""
     hosts = frozenset(parse_address(address).host for address in listens)
     knocks = tuple(parse_address(address) for address in addresses)
@@ -64,7 +64,15 @@ async def _look(
     hosts: frozenset[str],
     addresses: tuple[Address, ...],
 ) -> Surroundings:
-    here = tuple(replace(one, looked_at=_is_wanted(one, wanted, hosts)) for one in all_interfaces())
+    found = all_interfaces()
+    usual = in_use(found)
+    here = tuple(
+        replace(
+            one,
+            looked_at=one in usual if not wanted and not hosts else _is_wanted(one, wanted, hosts),
+        )
+        for one in found
+    )
     own = frozenset(address for one in here for address in one.addresses)
     chosen = [one for one in here if one.looked_at]
     knocking = _Knocking(identity)
@@ -93,9 +101,7 @@ async def _look(
 
 
 def _is_wanted(one: Interface, wanted: tuple[str, ...], hosts: frozenset[str]) -> bool:
-    if wanted or hosts:
-        return one.name in wanted if wanted else not hosts.isdisjoint(one.addresses)
-    return one.kind != "loopback"
+    return one.name in wanted if wanted else not hosts.isdisjoint(one.addresses)
 
 
 class _Knocking:

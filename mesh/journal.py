@@ -58,6 +58,8 @@ class Journal:
         """on trio's clock; set when the node runs"""
         self.load: Callable[[], float | None] = lambda: None
         """of this machine's processors; the process knows it"""
+        self.cpu: Callable[[], float | None] = lambda: None
+        """what this node and its trainings take of them, in cores; the process knows it"""
         self._events: deque[Happening] = deque(maxlen=EVENTS_KEPT)
         self._exchanges: deque[Happening] = deque(maxlen=EXCHANGES_KEPT)
         self._lines: deque[Happening] = deque(maxlen=LINES_KEPT)
@@ -206,6 +208,7 @@ class Journal:
             out_bytes_s=rates.out_bytes_s,
             in_bytes_s=rates.in_bytes_s,
             load=self.load(),
+            cpu=self.cpu(),
         )
 
     def _remember(self, run: Run, now: float) -> None:

@@ -38,6 +38,8 @@ class Player:
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.steps = 0
         """of its own, as of the next post"""
+        self.loss: float | None = None
+        self.samples = 0
         self.clock = 0.0
         """the mesh clock, as its node said it last"""
         self.began: str | None = None
@@ -102,7 +104,7 @@ class Player:
             return
         self.x += self.offered - self.posted
         self.posted[:] = self.x
-        await run.post(step=self.steps, loss=None, samples=0)
+        await run.post(step=self.steps, loss=self.loss, samples=self.samples)
         if node is not None and self.node is node:  # else it died meanwhile
             await node.posted(run, waits=waits)
 

@@ -27,6 +27,7 @@ from mesh.node import Node
 from mesh.places import host_directory
 from mesh.settings import NodeSettings
 from mesh.storage import StateDirectory, private_directory
+from mesh.usage import CpuMeter
 
 SOCKET_PATH_LIMIT: Final = 100
 """A local socket's path has room for 104 bytes on macOS, 108 on Linux."""
@@ -173,6 +174,7 @@ def _make_node(
         refused=lambda kind: refused[0](kind),
         port=settings.port,
         interfaces=settings.interfaces,
+        towards=tuple(peer.host for peer in settings.peers),
     )
     discovery = MdnsDiscovery(
         node=identity.node, beacon=identity.beacon, interfaces=settings.interfaces
@@ -199,6 +201,7 @@ def _make_node(
     )
     refused.append(node.count_refused)
     node.journal.load = _load
+    node.journal.cpu = CpuMeter(lambda: [run.spec.pid for run in node.runs.values()]).share
     return node
 
 

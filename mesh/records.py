@@ -19,44 +19,39 @@ def events(
     kept: Sequence[Happening], own: Member, *, since: int, uptime_s: float, wall_s: float
 ) -> dict[str, Any]:
     """`mesh.events/1`: ask again with `since` = `next` for what came after."""
-    began_s = wall_s - uptime_s
-    return {
-        "schema": "mesh.events/1",
-        "node": {"id": own.node, "name": own.name},
-        "next": kept[-1].sequence if kept else since,
-        "events": [
-            {
-                "seq": event.sequence,
-                "time": round(began_s + event.at_s, 3),
-                "uptime_s": round(event.at_s, 3),
-                "kind": event.kind,
-                "text": event.text,
-                "node": event.node,
-                "run": event.run,
-            }
-            for event in kept
-        ],
-    }
+    entries = [
+        {
+            **_moment(event, wall_s - uptime_s),
+            "kind": event.kind,
+            "text": event.text,
+            "node": event.node,
+            "run": event.run,
+        }
+        for event in kept
+    ]
+    return {"schema": "mesh.events/1", **_page(kept, own, since), "events": entries}
 
 
 def logs(
     kept: Sequence[Happening], own: Member, *, since: int, uptime_s: float, wall_s: float
 ) -> dict[str, Any]:
-    """`mesh.logs/1`: the lines that the node printed."""
-    began_s = wall_s - uptime_s
+    """`mesh.logs/1`: the lines that the node printed; otherwise as events()."""
+    lines = [{**_moment(line, wall_s - uptime_s), "text": line.text} for line in kept]
+    return {"schema": "mesh.logs/1", **_page(kept, own, since), "lines": lines}
+
+
+def _page(kept: Sequence[Happening], own: Member, since: int) -> dict[str, Any]:
     return {
-        "schema": "mesh.logs/1",
         "node": {"id": own.node, "name": own.name},
         "next": kept[-1].sequence if kept else since,
-        "lines": [
-            {
-                "seq": line.sequence,
-                "time": round(began_s + line.at_s, 3),
-                "uptime_s": round(line.at_s, 3),
-                "text": line.text,
-            }
-            for line in kept
-        ],
+    }
+
+
+def _moment(happening: Happening, began_s: float) -> dict[str, Any]:
+    return {
+        "seq": happening.sequence,
+        "time": round(began_s + happening.at_s, 3),
+        "uptime_s": round(happening.at_s, 3),
     }
 
 

@@ -42,6 +42,11 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _rounded(value: float | None) -> float | None:
+    """Cores: a thousandth is more than anybody reads."""
+    return None if value is None or not math.isfinite(value) else round(value, 3)
+
+
 def status(
     statistics: NodeStatistics,
     *,
@@ -50,6 +55,7 @@ def status(
     exits: Sequence[Exit],
     allow_control: bool,
     load: float | None,
+    cpu: float | None,
 ) -> dict[str, Any]:
     """`mesh.status/1`."""
     own = statistics.protocol.own
@@ -69,6 +75,7 @@ def status(
             "local_health": statistics.protocol.local_health,
             "allow_control": allow_control,
             "load": _number(load),
+            "cpu": _rounded(cpu),
         },
         "mesh": {"id": mesh},
         "health": health(statistics),
@@ -94,7 +101,7 @@ def status(
     }
 
 
-def peers(statistics: NodeStatistics, *, load: float | None) -> dict[str, Any]:
+def peers(statistics: NodeStatistics, *, load: float | None, cpu: float | None) -> dict[str, Any]:
     """`mesh.peers/1`: every other member, and whoever cannot be talked to, with the reason."""
     return {
         "schema": "mesh.peers/1",
@@ -103,6 +110,7 @@ def peers(statistics: NodeStatistics, *, load: float | None) -> dict[str, Any]:
             "name": statistics.protocol.own.name,
             "addresses": [str(address) for address in statistics.protocol.own.addresses],
             "load": _number(load),
+            "cpu": _rounded(cpu),
             "runs": [_own_run(run, statistics) for run in statistics.runs],
         },
         "peers": [_peer(peer) for peer in statistics.protocol.peers if peer.state != "left"],
@@ -259,5 +267,6 @@ def _peer(peer: PeerStatistics) -> dict[str, Any]:
         "seen_s": peer.silent_for_s,
         "incarnation": str(peer.incarnation),
         "load": next((said.load for said, _ in peer.figures.values()), None),
+        "cpu": next((_rounded(said.cpu) for said, _ in peer.figures.values()), None),
         "runs": [_run_info(peer, info) for info in peer.runs],
     }

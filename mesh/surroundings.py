@@ -18,6 +18,8 @@ class Interface:
     """its addresses with the length of their network, as in 192.168.1.20/24; IPv4 first"""
     kind: str
     """loopback, containers (docker's and their like), vpn, or lan"""
+    why: str = ""
+    """what shows that it is no lan, in words"""
     looked_at: bool = False
     """whether it is one that the node uses, or that was asked for"""
 

@@ -178,6 +178,7 @@ _figures = record(
     out_bytes_s=rate,
     in_bytes_s=rate,
     load=figure,
+    cpu=figure,
 )
 _report = record(
     Report,

@@ -70,8 +70,9 @@ def chart(
     width, height = max(width, LEAST_WIDTH), max(height, LEAST_HEIGHT)
     lines = [_Line.of(one, log=log) for one in series]
     known = [point for line in lines for point in line.points if point is not None]
-    legend = _legend([one.name for one in series], width, colour=colour, ascii=ascii)
-    legend = legend[: max(1, height // 4)]  # of a hundred names as many as leave room for the lines
+    names = [one.name for one in series]
+    # Of a hundred names as many as leave room for the lines.
+    legend = _legend(names, width, max(1, height // 4), colour=colour, ascii=ascii)
     head = [title[:width]] if title else []
     if not known:
         return "\n".join([*head, "(nothing to draw yet)", *legend])
@@ -211,9 +212,10 @@ def _strokes(line: _Line, frame: _Frame, columns: int, rows: int) -> set[tuple[i
     return passed
 
 
-def _legend(names: Sequence[str], width: int, *, colour: bool, ascii: bool) -> list[str]:
-    """Which line is whose, in as many rows as it takes."""
+def _legend(names: Sequence[str], width: int, rows: int, *, colour: bool, ascii: bool) -> list[str]:
+    """Which line is whose, in at most so many rows; the last says how many names did not fit."""
     lines: list[str] = []
+    counts: list[int] = []
     used = width
     for number, name in enumerate(names if len(names) > 1 else []):
         mark = MARKS[number % len(MARKS)] if ascii or not colour else "━"
@@ -221,11 +223,16 @@ def _legend(names: Sequence[str], width: int, *, colour: bool, ascii: bool) -> l
         length = min(len(name), width - 2) + 2
         if used + length + 2 > width:
             lines.append(item)
+            counts.append(1)
             used = length
         else:
             lines[-1] += "  " + item
+            counts[-1] += 1
             used += length + 2
-    return lines
+    if len(lines) <= rows:
+        return lines
+    left = len(names) - sum(counts[: rows - 1])
+    return [*lines[: rows - 1], f"... and {left} more" if rows > 1 else f"{left} lines"]
 
 
 def _painted(mark: str, number: int, colour: bool) -> str:

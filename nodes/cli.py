@@ -186,7 +186,7 @@ def _sim(arguments: argparse.Namespace) -> int:
                 seed=arguments.seed,
                 strategies=tuple(filter(None, arguments.strategies.split(","))),
                 evaluate=arguments.evaluate,
-                out=arguments.out,
+                out=arguments.output,
                 as_json=arguments.json,
             )
         )

@@ -15,6 +15,7 @@ import mesh
 from nodes import machine_checks, network_checks
 from nodes.findings import FAIL, OK, WARN, Finding
 from nodes.machine_checks import PORT, TORCH_S, Case
+from nodes.peer_clocks import PeerClocks
 
 LIMIT_S: Final = 10.0
 UNHEALTHY: Final = 4
@@ -45,12 +46,14 @@ def examine(case: Case, interfaces: tuple[str, ...]) -> list[Finding]:
             findings += machine_checks.port_is_free()
         ports = [mesh.parse_address(address).port for address in case.listens]
         findings += network_checks.local_firewall(ports[0] if ports else PORT)
+        clocks = PeerClocks(case)
         seen = mesh.look_around(
             identity,
             interfaces=interfaces,
             listens=case.listens,
             addresses=network_checks.addresses_to_try(case),
         )
+        findings += clocks.findings()
         findings += network_checks.Reading(case, identity, seen).findings()
         findings += machine_checks.torch(child, TORCH_S - (time.monotonic() - began))
     finally:

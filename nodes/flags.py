@@ -42,7 +42,8 @@ def up(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="announce and listen on this network interface only (repeatable)",
+        help="announce and listen on this network interface only (repeatable; "
+        "default: all but loopback, bridges to containers and VPNs)",
     )
     parser.add_argument(
         "--no-mdns", action="store_true", help="neither announce this node nor look for others"
@@ -146,9 +147,7 @@ def top(parser: argparse.ArgumentParser) -> None:
 def plot(parser: argparse.ArgumentParser) -> None:
     question(parser)
     parser.add_argument("--run", metavar="NAME", help="of this run only")
-    parser.add_argument(
-        "-o", dest="output", metavar="FILE", help="into a picture: .png, .svg, .pdf"
-    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="into a picture: .png, .svg, .pdf")
 
 
 def ls(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +194,7 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="look at this network interface only (repeatable; default: all but loopback)",
+        help="look at this network interface only (repeatable; default: those that a node uses)",
     )
 
 
@@ -233,7 +232,8 @@ def sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluate", metavar="NAME", help="a function of SCRIPT: evaluate(model) -> accuracy"
     )
-    parser.add_argument("-o", "--out", metavar="FILE", help="draw SCRIPT's curves (matplotlib)")
+    # --out, as it was called first, is understood as the beginning of --output.
+    parser.add_argument("-o", "--output", metavar="FILE", help="draw SCRIPT's curves (matplotlib)")
     parser.add_argument(
         "script",
         metavar="SCRIPT",

@@ -57,20 +57,28 @@ class Reading:
                 yield ok("interface", f"{label}: used{self._aside(one.kind)}")
             elif one.kind == "loopback":
                 yield ok("interface", f"{label}: left out, it reaches no other machine")
-            elif one.addresses:
+            elif one.addresses and one.kind == "lan":
                 yield ok("interface", f"{label}: left out, as --interface says")
+            elif one.addresses:
+                yield ok("interface", f"{label}: ignored, {one.why}; {self._anyway(one)} uses it")
         if not used:
             text = "no interface has an address: this machine is on no network"
             yield fail("interface", text, "ip address; connect the cable, or join the Wi-Fi")
 
-    @staticmethod
-    def _aside(kind: str) -> str:
+    def _aside(self, kind: str) -> str:
         """What is special about such an interface."""
+        named = [one for one in self._seen.interfaces if one.looked_at and one.addresses]
+        alone = ", as no LAN has an address" if all(one.kind == kind for one in named) else ""
         return {
-            "containers": "; only containers are behind it, so other machines skip its address",
-            "vpn": "; a VPN: it seldom carries multicast, give an address with --peer",
+            "containers": f"{alone}; only containers are behind it: other machines skip its address",
+            "vpn": f"{alone}; a VPN: it seldom carries multicast, give an address with --peer",
             "loopback": "; it reaches no other machine",
         }.get(kind, "")
+
+    def _anyway(self, ignored: "mesh.Interface") -> str:
+        """The command that uses an interface beside those that are used."""
+        used = [one.name for one in self._seen.interfaces if one.looked_at and one.addresses]
+        return " ".join(["mesh up", *(f"--interface {name}" for name in [*used, ignored.name])])
 
     def multicast(self) -> Iterator[Finding]:
         """Whether a question goes out, comes back, and is answered."""

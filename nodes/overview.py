@@ -36,6 +36,9 @@ class Row(NamedTuple):
     in_bytes_s: float | None = None
     out_bytes_s: float | None = None
     load: float | None = None
+    """of its machine's processors"""
+    cpu: float | None = None
+    """cores that the node and its trainings use"""
 
 
 class Look(NamedTuple):
@@ -89,7 +92,7 @@ def look(status: dict[str, Any], peers: dict[str, Any]) -> Look:
 def _rows(node: dict[str, Any], *, own: bool) -> list[Row]:
     reason = None if node["reason"] is None else str(node["reason"])
     about = Row(str(node["id"]), str(node["name"]), own, str(node["state"]), reason, None)
-    about = about._replace(load=_number(node["load"]))
+    about = about._replace(load=_number(node["load"]), cpu=_number(node.get("cpu")))
     return [
         about._replace(
             run=str(run["run"]),
@@ -138,7 +141,7 @@ def _value(row: Row, sort: str) -> float | None:
         case "out":
             return row.out_bytes_s
         case "cpu":
-            return row.load
+            return row.cpu
     raise ValueError(f"no column {sort}")
 
 
@@ -217,7 +220,7 @@ WIDTHS: Final = {
     "SMP/S": 5,
     "IN/S": 5,
     "OUT/S": 5,
-    "CPU": 4,
+    "CPU": 5,
 }
 NAME_LEAST: Final = 8
 """Below that names are not told apart; a narrower terminal loses its last columns instead."""
@@ -243,7 +246,7 @@ def cells(row: Row, trails: Trails, layout: Layout, *, ascii: bool = False) -> l
     drawn.append(SHORT_STATES.get(row.state, row.state).ljust(WIDTHS["STATE"]))
     if row.state != "alive" and row.reason:
         return [*drawn, row.reason]
-    percent = None if row.load is None else min(100 * row.load, 999)
+    percent = None if row.cpu is None else min(100 * row.cpu, 9999)
     sparks = [
         chart.sparkline(values, layout.spark, ascii=ascii) if layout.spark else ""
         for values in (trails.losses(row), trails.drifts(row))

@@ -248,6 +248,8 @@ def _file(picture: Picture, output: str) -> None:
     lower.set_xlabel(picture.unit)
     if len(picture.loss) <= LEGEND_LIMIT:
         upper.legend(fontsize="small")
+    else:
+        upper.set_title(f"{len(picture.loss)} lines: too many to name")
     try:
         figure.savefig(output, dpi=150)
     except OSError as error:

@@ -160,7 +160,12 @@ class View:
             keyboard.HOME: -rows,
             keyboard.END: rows,
         }
-        self.offset = max(0, min(self.offset + steps.get(key, 0), rows - room))
+        self.offset += steps.get(key, 0)
+        self.stay_within(rows, room)
+
+    def stay_within(self, rows: int, room: int) -> None:
+        """A screen that grew, or a mesh that shrank, leaves no room empty below the last row."""
+        self.offset = max(0, min(self.offset, rows - room))
 
 
 Line = list[tuple[str, str]]
@@ -179,6 +184,7 @@ def frame(
     for title in overview.head(layout):
         chosen = title.strip() == SORTS[view.sort].title
         titles += [(title, "reverse bold" if chosen else "bold"), (" ", "")]
+    view.stay_within(len(rows), room)
     shown = rows[view.offset : view.offset + room]
     drawn = [_line(row, trails, layout, old=bool(silence)) for row in shown]
     empty: list[Line] = [[] for _ in range(room - len(drawn))]

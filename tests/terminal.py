@@ -25,9 +25,9 @@ from tests.helpers import DEADLINE_S, REPOSITORY
 
 
 class Terminal:
-    """A program in a pseudo-terminal."""
+    """A program in a pseudo-terminal: a command of `mesh`, or what `program` names."""
 
-    def __init__(self, *command, columns=80, lines=24, **environment):
+    def __init__(self, *command, program=(), columns=80, lines=24, **environment):
         self._master, self._slave = pty.openpty()
         self._size(columns, lines)
         self.screen = pyte.Screen(columns, lines)
@@ -35,7 +35,7 @@ class Terminal:
         self.said = b""
         self.before = termios.tcgetattr(self._slave)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nodes.cli", *map(str, command)],
+            [*(program or (sys.executable, "-m", "nodes.cli")), *map(str, command)],
             stdin=self._slave,
             stdout=self._slave,
             stderr=self._slave,
@@ -210,6 +210,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                 "name": "studio",
                 "addresses": ["192.168.1.0:7710"],
                 "load": 0.4,
+                "cpu": 0.4,
                 "runs": runs(0, at),
             },
             "peers": [
@@ -224,6 +225,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                     "seen_s": 0.4,
                     "incarnation": "1",
                     "load": 0.4,
+                    "cpu": 0.4,
                     "runs": [] if rank in dead or rank in idle else runs(rank, at),
                 }
                 for rank in range(1, nodes)

@@ -32,6 +32,9 @@ def test_a_hundred_lines_leave_room_for_themselves():
     lines = chart(many, width=80, height=16).splitlines()
     assert len(lines) == 16
     assert sum("│" in line for line in lines) == 10
+    named = "".join(lines).count(" node-")
+    assert named > 16
+    assert lines[-1] == f"... and {100 - named} more"
 
 
 def test_a_line_that_rises_is_drawn_rising_and_the_axes_say_from_where_to_where():

@@ -188,7 +188,7 @@ def test_a_plot_is_a_chart_or_a_picture(shell, trainings, monkeypatch):
 
     picture = trainings.host.root / "curves.svg"
     pytest.importorskip("matplotlib")
-    assert shell("plot", "-o", picture)[0] == 0
+    assert shell("plot", "--output", picture)[0] == 0
     assert b"<svg" in picture.read_bytes()
     code, _, err = shell("plot", "-o", trainings.host.root / "curves.docx")
     assert (code, err.count("\n")) == (2, 1)

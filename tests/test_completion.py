@@ -1,6 +1,7 @@
-"""What the Tab key offers: bash really completes; zsh and fish at least read their script."""
+"""What the Tab key offers, in each of the shells that are here."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from nodes import completion, grammar
 from nodes.cli import COMMANDS, _parser, main
 from tests.helpers import REPOSITORY
-from tests.terminal import StandIn, large_mesh
+from tests.terminal import StandIn, Terminal, large_mesh
 
 TRAP = "$(touch trapped)"
 
@@ -97,13 +98,57 @@ def test_bash_completes_commands_flags_names_and_directories(host):
     assert not (host["cwd"] / "trapped").exists(), "a peer's name is never run"
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_can_read_their_script(host, shell):
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not here")
-    script = completion.script(shell, grammar.read(_parser()))
-    (host["cwd"] / "script").write_text(script)
-    in_shell(host, shell, "-n", "script")
+def written(host, shell):
+    """The path of a shell's script."""
+    path = host["cwd"] / f"script.{shell}"
+    path.write_text(completion.script(shell, grammar.read(_parser())))
+    return path
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not here")
+def test_fish_completes_commands_flags_names_and_directories(host):
+    lines = ["mesh sta", "mesh status --js", "mesh completion ", "mesh service install --pr", "mesh status -N ", "mesh up --state da", "mesh peers -o "]  # fmt: skip
+    asked = "".join(f"complete -C {shlex.quote(line)}; echo .;" for line in lines)
+    said = in_shell(host, "fish", "--no-config", "-c", f"source {written(host, 'fish')}; {asked}")
+    offers = [
+        [line.partition("\t")[0] for line in offer.splitlines()] for offer in said.split(".\n")[:-1]
+    ]
+    assert offers == [
+        ["status"],
+        ["--json"],
+        ["bash", "fish", "names", "zsh"],
+        ["--print"],
+        [TRAP, "pi kitchen", "pi4", "studio"],
+        ["data/"],
+        ["wide"],
+    ]
+    assert not (host["cwd"] / "trapped").exists(), "a peer's name is never run"
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not here")
+def test_zsh_completes_commands_flags_names_and_directories(host):
+    rc = host["cwd"] / ".zshrc"
+    rc.write_text(
+        f"autoload -Uz compinit; compinit -u -D; source {written(host, 'zsh')}; cd {host['cwd']}\n"
+        "PS1='ready> '; unsetopt beep\n"
+    )
+    typed = {
+        "mesh status --js": "mesh status --json",
+        "mesh service install --pr": "mesh service install --print",
+        "mesh status -N pi\\ ": "mesh status -N pi\\ kitchen",
+        "mesh status -N \\$": "mesh status -N \\$\\(touch\\ trapped\\)",
+        "mesh up --state da": "mesh up --state data/",
+        "mesh peers -o w": "mesh peers -o wide",
+    }
+    environment = {**host["env"], "ZDOTDIR": str(host["cwd"])}
+    with Terminal("-i", program=("zsh",), **environment) as terminal:
+        terminal.shows("ready>")
+        for line, completed in typed.items():
+            terminal.press(f"\x0c{line}\t")  # on a screen that is empty but for the prompt
+            wanted = f"ready> {completed}"
+            terminal.until(lambda lines: lines[0] == wanted, f"{line} is completed")  # noqa: B023
+            terminal.press("\x15")
+    assert not (host["cwd"] / "trapped").exists(), "a peer's name is never run"
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)

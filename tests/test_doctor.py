@@ -11,6 +11,7 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 from random import Random
 
 import jsonschema
@@ -21,7 +22,7 @@ from mesh import diagnosis, identity
 from mesh.core.address import Address
 from mesh.net import survey
 from mesh.surroundings import Announcement, Echo, Interface, Knock, Outcome, Surroundings
-from nodes import doctor, machine_checks
+from nodes import doctor, machine_checks, peer_clocks
 from nodes.cli import main
 from nodes.findings import Finding, fail, ok, warn
 from nodes.machine_checks import Case
@@ -133,6 +134,40 @@ def test_a_clock_that_is_off_is_told_from_the_disk_s_clock_and_from_files_of_its
     assert "behind" in text
 
 
+def test_clocks_of_peers_are_compared_and_the_one_that_stands_alone_is_named():
+    assert peer_clocks.compared({}) == []
+    assert only(peer_clocks.compared({"pi4": 0.2, "pi5": -1.0})) == (
+        "ok",
+        "within a minute of those of pi4, pi5",
+        "",
+    )
+    level, text, cure = only(peer_clocks.compared({"pi4": 0.2, "pi5": -3600.0}))
+    assert (level, text) == ("warn", "pi5's clock is 1h00m behind this one")
+    assert cure.startswith("on pi5, or here: ")
+    level, text, cure = only(peer_clocks.compared({"pi4": 90.0, "pi5": 91.0}))
+    assert (level, text) == ("warn", "this machine's clock is 1m30s behind those of its peers")
+    assert len(peer_clocks.compared({"pi4": 90.0, "pi5": -90.0})) == 2
+
+
+def test_a_peer_s_clock_is_read_off_its_answer_and_who_says_nothing_is_left_out(monkeypatch):
+    answers = {"a": {"time": time.time() + 600}, "b": {"time": "late"}, "c": {}, "d": None}
+
+    def ask(node, op, *, of, **fields):
+        if answers[of] is None:
+            raise mesh.NodeTimeout("no answer")
+        return answers[of]
+
+    monkeypatch.setattr(mesh, "ask", ask, raising=False)
+    peers = [{"id": k, "name": f"pi-{k}", "state": "alive"} for k in answers]
+    peers.append({"id": "e", "name": "gone", "state": "dead"})
+    clocks = peer_clocks.PeerClocks(case("/state", node=object(), peers={"peers": peers}))
+    [finding] = clocks.findings()
+    assert finding.level == "warn"
+    assert list(clocks.offsets) == ["pi-a"]
+    assert 590 < clocks.offsets["pi-a"] < 610
+    assert peer_clocks.PeerClocks(case("/state")).findings() == [], "where no node runs"
+
+
 def test_too_few_descriptors_are_told_before_they_are_missing():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -211,7 +246,8 @@ def test_the_real_torch_gives_the_product_that_is_asked_for(capsys):
 # -------------------------------------------------------------------------------- the network
 
 LAN = Interface(name="eth0", networks=("192.168.1.20/24",), kind="lan", looked_at=True)
-DOCKER = Interface(name="docker0", networks=("172.17.0.1/16",), kind="containers", looked_at=True)
+DOCKER = Interface(name="docker0", networks=("172.17.0.1/16",), kind="containers", why="a bridge")
+VPN = Interface(name="wg0", networks=("10.1.0.2/24",), kind="vpn", why="a tunnel")
 OWN, PEER = "o" * 52, "p" * 52
 AT = Address("192.168.1.44", 7710)
 
@@ -312,12 +348,34 @@ def test_multicast_that_cannot_be_sent_or_heard_fails_on_a_lan_only():
     held = read(echo(error="address already in use", looped=False))
     assert held[0][:2] == ("multicast", "fail")
     assert "held by a program" in held[0][2]
-    vpn = Interface(name="wg0", networks=("10.1.0.2/24",), kind="vpn", looked_at=True)
-    found = read(echo(interface="wg0", looped=False), interfaces=(LAN, vpn))
+    found = read(echo(interface="wg0", looped=False), interfaces=(LAN, VPN))
     assert found[0][:2] == ("multicast", "warn")
     assert read(echo(interface="docker0")) == []
     nowhere = Interface(name="eth0", networks=(), kind="lan", looked_at=True)
     assert [found[:2] for found in read(interfaces=(nowhere,))] == [("interface", "fail")]
+
+
+def test_an_interface_that_is_ignored_says_why_and_how_to_use_it_and_one_that_is_alone_is_used():
+    def told(*interfaces):
+        seen = Surroundings(protocol="4", interfaces=interfaces, echoes=(), knocks=())
+        return [f.text for f in Reading(case("/state"), None, seen).interfaces() if f.level == "ok"]
+
+    lan, docker, vpn = told(LAN, DOCKER, VPN)
+    assert lan == "eth0 192.168.1.20: used"
+    use = "mesh up --interface eth0 --interface"
+    assert docker == f"docker0 172.17.0.1: ignored, a bridge; {use} docker0 uses it"
+    assert vpn == f"wg0 10.1.0.2: ignored, a tunnel; {use} wg0 uses it"
+    named = told(LAN, replace(DOCKER, looked_at=True))
+    assert named[1].startswith("docker0 172.17.0.1: used; only containers")
+    cable_out = replace(LAN, networks=(), looked_at=False)
+    [alone] = told(cable_out, replace(VPN, looked_at=True))
+    assert alone.startswith(
+        "wg0 10.1.0.2: used, as no LAN has an address; a VPN: it seldom carries"
+    )
+    assert "give an address with --peer" in alone
+    assert told(replace(LAN, looked_at=False)) == [
+        "eth0 192.168.1.20: left out, as --interface says"
+    ]
 
 
 def test_a_node_that_its_own_machine_cannot_reach_is_told():

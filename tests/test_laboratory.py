@@ -379,7 +379,15 @@ def test_mesh_sim_trains_the_digits_example_side_by_side_with_one_place(
 ):
     pytest.importorskip("sklearn", reason="examples/digits.py needs scikit-learn")
     monkeypatch.chdir(tmp_path)
-    flags = ["--evaluate", "evaluate", "--strategies", "pair,alone", "--json", "-o", "curves.png"]
+    flags = [
+        "--evaluate",
+        "evaluate",
+        "--strategies",
+        "pair,alone",
+        "--json",
+        "--out",
+        "curves.png",
+    ]
     shards = ["--shard", "{rank}/{nodes}", "--steps", "40"]
     assert cli.main(["sim", "-n", "2", *flags, str(DIGITS), *shards]) == 0
     out, err = capsys.readouterr()

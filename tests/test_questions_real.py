@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from nodes import questions
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, Host, NumpyTraining, free_port, until
 from tests.schemas import fits
+from tests.terminal import Terminal
 
 ASKED = [
     ("status",),
@@ -120,6 +122,10 @@ def test_the_figures_of_the_other_node_come_with_the_probes(lan, shell):
         return [(run["step"], run["loss"]) for run in peer["runs"]] == [(702, 0.125)]
 
     until(told, "a knows how far b is")
+    # Of a core: this process is the training of both.
+    until(lambda: shell.json(1, "status")["node"]["cpu"], "b has looked at its processes twice")
+    lan.post(lan.trainings[1], step=702, loss=0.125, samples=200)
+    until(lambda: shell.json(0, "peers")["peers"][0]["cpu"], "and told a")
     _, out, _ = shell.run(0, "peers")
     assert out.splitlines()[2].split()[:2] == ["b", "alive"]
     assert out.splitlines()[2].split()[6:8] == ["702", "0.125"]
@@ -143,6 +149,41 @@ def test_history_is_kept_and_asked_for(lan, monkeypatch):
     del answer["ok"]
     fits(answer)
     assert answer["runs"][0]["points"][-1][1] in (0, 9)
+
+
+def test_top_and_plot_of_another_node_are_drawn_as_it_sees_the_mesh(lan, shell):
+    for rank, training in enumerate(lan.trainings):
+        lan.post(training, step=800 + rank, loss=0.5, samples=900)
+
+    def steps():
+        return {row["name"]: row["step"] for row in shell.json(0, "top", "-N", "b")["rows"]}
+
+    until(lambda: steps() == {"a": 800, "b": 801}, "b knows how far a is")
+    top = shell.json(0, "top", "-N", "b")
+    assert top["node"] == "b"
+    assert {row["name"]: row["own"] for row in top["rows"]} == {"a": False, "b": True}
+    lines = shell.run(0, "top", "-N", "b")[1].splitlines()
+    assert [line.split()[:3] for line in lines[3:]] == [["a", "alive", "800"], ["*", "b", "alive"]]
+
+    plot = shell.json(0, "plot", "-N", "b")
+    assert [node["node"]["name"] for node in plot["nodes"]] == ["b", "a"], (
+        "the one that is meant first"
+    )
+    assert all(node["runs"][0]["points"] for node in plot["nodes"])
+    code, out, err = shell.run(0, "plot", "-N", "b")
+    assert (code, err) == (0, "")
+    assert "* b  o a" in out.splitlines()
+    code, _, err = shell.run(0, "plot", "-N", "nobody")
+    assert (code, "there are: a, b" in err) == (2, True)
+
+
+def test_a_bench_that_another_node_makes_shows_on_a_terminal_how_far_it_came(lan):
+    order = ("bench", "a", "-N", "b", "--mb", "1024", "--seconds", "1")
+    with Terminal(*order, **lan.hosts[0].environment) as terminal:
+        terminal.until(lambda lines: re.match(r"sending +#+-", lines[0]), "a bar")
+        assert terminal.exit_code() == 0
+        assert "#" not in "".join(terminal.lines), "it goes when the answer is there"
+        assert terminal.lines[0].startswith("b - a  connected in")
 
 
 def test_events_are_followed_one_object_a_line_until_ctrl_c(lan, shell):

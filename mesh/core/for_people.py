@@ -35,6 +35,8 @@ class Figures:
     in_bytes_s: float
     load: float | None = None
     """of its processors: 1 where as many tasks want to run as there are cores"""
+    cpu: float | None = None
+    """cores that the node and its trainings use"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

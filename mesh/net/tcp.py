@@ -109,8 +109,10 @@ class TcpTransport:
         refused: Callable[[str], None],
         port: int | None,
         interfaces: tuple[str, ...],
+        towards: tuple[str, ...] = (),
     ) -> None:
-        """`node_of` turns a DER certificate into a node id; `refused` counts who was turned away."""
+        """`node_of` turns a DER certificate into a node id; `refused` counts who was turned away;
+        `interfaces` and `towards` as local_addresses() has them."""
         self._server = server
         self._client = client
         self._node_of = node_of
@@ -119,6 +121,7 @@ class TcpTransport:
         self._port = port or DEFAULT_PORT
         self._bound = False
         self._interfaces = interfaces
+        self._towards = towards
         self._handshakes: Counter[str] = Counter()
 
     async def serve(
@@ -136,7 +139,9 @@ class TcpTransport:
             reachable: tuple[str, ...] = ()
             while True:
                 with contextlib.suppress(OSError):  # out of descriptors: as it was a second ago
-                    reachable = await trio.to_thread.run_sync(local_addresses, self._interfaces)
+                    reachable = await trio.to_thread.run_sync(
+                        local_addresses, self._interfaces, self._towards
+                    )
                 hosts = reachable if self._interfaces else ("0.0.0.0", "::")
                 for gone in set(scopes) - set(hosts):
                     scopes.pop(gone).cancel()

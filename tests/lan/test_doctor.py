@@ -74,9 +74,28 @@ def rule(machine: Machine, hook: str, words: str) -> None:
 
 
 def add_interface(machine: Machine, name: str, address: str) -> None:
-    machine.call("ip", "link", "add", name, "type", "bridge")
+    """A second cable, to nobody."""
+    machine.call("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-end")
     machine.call("ip", "address", "add", address, "dev", name)
-    machine.call("ip", "link", "set", name, "up")
+    for end in (name, f"{name}-end"):
+        machine.call("ip", "link", "set", end, "up")
+
+
+def install_vpn(machine: Machine) -> None:
+    """What tailscale makes: a tunnel with one address."""
+    machine.call("ip", "tuntap", "add", "mode", "tun", "name", "mine0")
+    machine.call("ip", "address", "add", "100.64.0.7/32", "dev", "mine0")
+    machine.call("ip", "link", "set", "mine0", "up")
+
+
+def put_lan_on_a_bridge(machine: Machine) -> None:
+    """As on a machine whose virtual machines are on its LAN: br0 has eth0 as its port, and the way out."""
+    machine.take_address_away()
+    machine.call("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+    machine.call("ip", "link", "set", "eth0", "master", "br0")
+    machine.call("ip", "address", "add", f"{machine.host}/24", "dev", "br0")
+    machine.call("ip", "link", "set", "br0", "up")
+    machine.call("ip", "route", "replace", "default", "dev", "br0")
 
 
 def python_path(machine: Machine, name: str, text: str) -> None:
@@ -93,6 +112,9 @@ def make_ill(lab: FaultyLab, ward: Ward) -> None:
     lab.found_mesh(ward.stranger)
     shutil.copytree(ward.pi4.state, ward.copied.state)
     install_docker(ward.studio)
+    install_vpn(ward.studio)
+    install_docker(ward.pi4)
+    put_lan_on_a_bridge(ward.pi4)
     python_path(ward.studio, "torch.py", WELL)
     rule(ward.kitchen, "input", "iifname eth0 meta l4proto tcp drop")
     python_path(ward.kitchen, "sitecustomize.py", OTHER_PROTOCOL)
@@ -104,6 +126,8 @@ def make_ill(lab: FaultyLab, ward: Ward) -> None:
     python_path(ward.alone, "torch.py", ILL)
     python_path(ward.copied, "torch.py", WELL)
     ward.alone.up()
+    if faketime_library():
+        set_wall_clock(ward.pi4, -2)
     for machine in (ward.pi4, ward.kitchen, ward.pantry, ward.stranger):
         machine.up()
     ward.studio.up("--peer", ward.stranger.address)
@@ -216,11 +240,23 @@ def test_another_protocol_is_named_with_both_numbers(ward: Ward) -> None:
     assert "pip install -U gossipmesh" in found
 
 
-def test_docker_is_named_and_is_no_trouble(ward: Ward) -> None:
+def test_docker_and_a_vpn_are_ignored_and_it_says_why_and_how_to_use_them(ward: Ward) -> None:
     found = ward.found(ward.studio, "interface", "ok")
-    assert "docker0 172.17.0.1: used; only containers are behind it" in found
+    assert "docker0 172.17.0.1: ignored, a bridge to no network card" in found
+    assert "mesh up --interface eth0 --interface docker0 uses it" in found
+    assert "mine0 100.64.0.7: ignored, a tunnel, as VPNs make; mesh up" in found
     assert "lo 127.0.0.1: left out" in found.replace(" ::1", "")
-    assert "docker0" not in ward.found(ward.studio, "multicast", "fail")
+    for level in ("ok", "warn", "fail"):
+        assert not {"docker0:", "mine0:"} & {*ward.found(ward.studio, "multicast", level).split()}
+    hosts = {address.rpartition(":")[0] for address in ward.studio.status()["node"]["addresses"]}
+    assert hosts & {"172.17.0.1", "100.64.0.7"} == set()
+    assert ward.studio.host in hosts
+
+
+def test_a_bridge_that_is_the_lan_is_used_beside_one_that_is_not(ward: Ward) -> None:
+    hosts = {address.rpartition(":")[0] for address in ward.pi4.status()["node"]["addresses"]}
+    assert ward.pi4.host in hosts
+    assert "172.17.0.1" not in hosts
 
 
 def test_another_mesh_is_seen_and_its_certificate_named(ward: Ward) -> None:
@@ -248,6 +284,12 @@ def test_a_clock_that_is_years_off_is_a_warning(ward: Ward) -> None:
     assert "apart" in ward.found(ward.copied, "clock", "warn") or "behind" in ward.found(
         ward.copied, "clock", "warn"
     )
+
+
+@pytest.mark.skipif(faketime_library() is None, reason="no faketime here")
+def test_a_peer_whose_clock_is_days_off_is_named_from_elsewhere(ward: Ward) -> None:
+    found = ward.found(ward.studio, "clock", "warn")
+    assert re.search(r"pi4's clock is (2d0h|1d23h) behind this one -> on pi4, or here", found)
 
 
 def test_a_machine_that_is_kept_apart_is_told_so(ward: Ward) -> None:
