@@ -63,7 +63,7 @@ def length(value: Any) -> float:
 
 
 def part(value: Any) -> float:
-    if type(value) is not float or not 0 < value <= 1:
+    if type(value) is not float or not 0 <= value <= 1:
         raise Invalid("a part of the whole")
     return value
 

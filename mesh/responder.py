@@ -13,7 +13,7 @@ import trio
 
 from mesh.bench import BenchAnswerer
 from mesh.core import events as ev
-from mesh.core.exchange import share
+from mesh.core.exchange import answer_beside, share
 from mesh.core.for_people import BenchBlock
 from mesh.core.guard import room
 from mesh.core.messages import (
@@ -246,8 +246,10 @@ class Responder:
         kept = run.responses.kept(peer, opening.exchange, message.index, message.received)
         if kept is not None:
             return kept.buffer, kept.part
-        step = share(opening.weight, run.spec.weight, turn=opening.turn)
-        part = 1.0 if opening.turn else run.part_of(message.index, step)
+        own, part = run.spec.weight, 1.0
+        step = share(opening.weight, own, turn=opening.turn)
+        if not opening.turn:
+            part = answer_beside(run.initiated, message.index, step, own)
         left = room(opening.reach, run.reach(), run.responses.used(peer, opening.exchange))
         reply = run.buffers.take()
         try:

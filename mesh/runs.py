@@ -20,7 +20,7 @@ from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
 from mesh.core.clock import MeshClock
 from mesh.core.events import Beginning, Outcome
-from mesh.core.exchange import Initiation, Responses, part_beside, share
+from mesh.core.exchange import Initiation, Responses
 from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
@@ -329,20 +329,14 @@ class Run:
             whole &= step(index) is not False
         return whole
 
-    def part_of(self, index: int, step: float) -> float:
-        """How much of `step` to take in answering a fragment: less than all where our own request for
-        it is in flight, or its answer may wait for us where a connection broke."""
-        own = self.spec.weight
-        records = [record for record in self.initiated if index in record.in_doubt]
-        return part_beside([share(record.weight, own) for record in records], step)
-
     def reach(self) -> float | None:
         """The longest delta that an exchange may bring now; see core/guard.py."""
         progress, norm = self.replica.square_progress(), self.replica.square_norm()
         return self.guard.reach(progress**0.5, norm**0.5)
 
     def clock_crosses(self) -> bool:
-        """Whether our own part of the mesh clock is on its way to somebody: see part_of()."""
+        """Whether our own part of the mesh clock is on its way to somebody: as with fragments
+        (exchange.answer_beside), less is taken then."""
         return any(not record.pull and record.clock_answer is None for record in self.initiated)
 
     def clock_answered(self, record: Initiation, said: float, weight: float) -> None:

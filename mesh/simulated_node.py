@@ -27,9 +27,6 @@ TRACE_KEPT: Final = 50
 SPINS: Final = 100
 """Deadlines in a row at one moment of virtual time: each of them should move the next one on."""
 
-LOOK_TURNS: Final = 16
-"""What grows without end is there sixteen turns later as well; each look costs as much as an event."""
-
 TASKS_EACH: Final = 12
 TASKS_BASE: Final = 16
 """Tasks that a node may hold for each other node: two control connections while one replaces the
@@ -155,8 +152,7 @@ class SimulatedNode(Node):
         self._own_incarnation = own.incarnation
         for row in self._heard:
             self._check_row(row, own)
-        if self.turns % LOOK_TURNS == 0:
-            self._check_growth()
+        self._check_growth()
         for run in self._runs.values():
             self._check_run(run)
 

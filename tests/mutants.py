@@ -108,7 +108,7 @@ MUTANTS = {
         Initiation, "next_to_send", knows_no_window, ("fragments in doubt",)
     ),
     "requests that cross take the full step": Mutant(
-        Run, "part_of", lambda self, index, step: 1.0, ("swap", "full step")
+        mesh.responder, "answer_beside", lambda *_: 1.0, ("swap", "full step")
     ),
     "what is not finite is taken": Mutant(
         Replica, "answer", takes_what_is_not_finite, ("not finite",), 15

@@ -20,7 +20,7 @@ from mesh.core.contacts import (
     RUMOUR_ATTEMPTS,
     Contacts,
 )
-from mesh.core.exchange import RECORDS_LIMIT, Initiation, Responses, part_beside, share
+from mesh.core.exchange import LEAST_PART, RECORDS_LIMIT, Initiation, Responses, part_beside, share
 from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
 from mesh.core.messages import (
     PROTOCOL,
@@ -334,16 +334,26 @@ def test_both_shares_move_the_weighted_sum_by_nothing(p, q, part):
     assert mine + theirs == pytest.approx(part)
 
 
-@given(*[st.floats(0.01, 1e3)] * 4)
-def test_two_answers_beside_a_request_of_ones_own_keep_a_replica_inside(own, asked, first, second):
-    late = share(asked, own)
-    kept = 1.0
-    for asker in (first, second):
+weights = st.floats(0.01, 1e3)
+
+
+@given(weights, weights, st.lists(weights, min_size=1, max_size=12))
+def test_however_many_answers_beside_a_request_of_ones_own_keep_a_replica_inside(
+    own, asked, askers
+):
+    late, kept = share(asked, own), 1.0
+    for asker in askers:
         step = share(asker, own)
-        kept *= 1 - part_beside([late], step) * step
+        part = part_beside(late, kept, step)
+        assert part == 0 or LEAST_PART <= part <= 0.5
+        kept *= 1 - part * step
     assert kept - late > -1e-9, "what is left of x, once the late answer is applied"
-    assert part_beside([0.5], 0.5) == 0.5
-    assert part_beside([], 0.9) == 1.0
+
+
+def test_two_nodes_of_equal_weight_that_ask_each_other_meet():
+    assert part_beside(0.5, 1.0, 0.5) == 0.5
+    x, y = 3.0, 7.0
+    assert x - 0.5 * 0.5 * (x - y) - 0.5 * 0.5 * (x - y) == 5.0
 
 
 def initiation(fragments=20):

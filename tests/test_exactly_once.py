@@ -125,7 +125,7 @@ def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight():
             asked.fragment_sent()
             asked.connection_lost()
             run.unfinished[asked.peer] = asked
-            return [run.part_of(index, 0.5) for index in (0, 1)]
+            return [exchange.answer_beside(run.initiated, index, 0.5, 1.0) for index in (0, 1)]
 
     assert run_seeded(main, 1) == [0.5, 1.0]
 

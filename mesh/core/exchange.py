@@ -18,8 +18,9 @@ additive form; measured against naive push-pull, which loses 6 % of a spread at 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import frexp
 from typing import Generic, TypeVar
 
 from mesh.core.messages import WINDOW, NodeId, Turn
@@ -44,15 +45,22 @@ def share(theirs: float, mine: float, *, part: float = 1.0, turn: Turn | None = 
     return part * step
 
 
-def part_beside(others: list[float], step: float) -> float:
-    """How much of its step a responder takes, of whose own requests for the fragment some are in
-    flight, with these steps to come: as much as keeps both of two such answers inside.
+LEAST_PART = 1 / 64
+"""Of a step; where less may be taken, nothing is."""
 
-    What asked with x and takes s of the way when its answer comes, having gone t to a third meanwhile,
-    holds (1 - s - t) x + ...: beyond what went in where s + t > 1, and two answers may overlap with it.
-    With equal weights (s = t = 1/2) this is half: two nodes that ask each other meet, and do not swap.
+
+def part_beside(late: float, kept: float, step: float) -> float:
+    """How much of its `step` a responder takes whose own requests for the fragment are in flight: as
+    much as keeps it inside the hull of what went in, however many such answers overlap.
+
+    Requests asked with x, and go `late` of the way from x when their answers come. So that much of x has
+    to be left then; `kept` is left now, and an answer takes half of what may go. With equal weights the
+    first takes half its step: two nodes that ask each other meet, and do not swap.
     """
-    return min(0.5, (1 - max(others)) / (2 * step)) if others else 1.0
+    if kept - late <= 2 * kept * step * LEAST_PART:
+        return 0.0
+    _, exponent = frexp(min(0.5, (kept - late) / (2 * kept * step)))
+    return 2.0 ** (exponent - 1)  # rounded down: what is halved in float32 stays exact
 
 
 @dataclass(slots=True)
@@ -77,6 +85,8 @@ class Initiation:
     square_distance: float = 0.0
     weight: float = 1.0
     """the responder's, as its row says: what step its answers will be"""
+    kept: dict[int, float] = field(default_factory=dict)
+    """of fragments in doubt, how much of what was asked with is in the replica still; of others, all"""
     ahead: int | None = None
     """refused out of turn: the peer's place in the rounds"""
 
@@ -119,10 +129,36 @@ class Initiation:
         if index != self.applied or index >= self.sent:
             raise RemoteProtocolError(f"delta {index} came where {self.applied} was due")
         self.applied += 1
+        self.kept.pop(index, None)
+
+    def kept_of(self, index: int) -> float:
+        """How much of what this fragment was asked with is in the replica still."""
+        return self.kept.get(index, 1.0)
 
     def connection_lost(self) -> None:
         """Everything that was not answered goes out again on the next connection."""
         self.sent = self.applied
+
+
+def answer_beside(asked: Iterable[Initiation], index: int, step: float, own: float) -> float:
+    """How much of `step` a responder of weight `own` takes in answering a fragment. Call it once for each:
+    what it takes is less for others to come. `asked`: its own exchanges, broken ones as well, whose
+    answers may wait for it."""
+    flying = [record for record in asked if index in record.in_doubt]
+    if not flying:
+        return 1.0
+    late = sum(share(record.weight, own) for record in flying)
+    part = part_beside(late, min(record.kept_of(index) for record in flying), step)
+    for record in flying:
+        record.kept[index] = record.kept_of(index) * (1 - part * step)
+    return part
+
+
+def answer_arrived(asked: Iterable[Initiation], index: int, step: float) -> None:
+    """The answer to one of them went `step` of the way: less is left for the others' answers."""
+    for record in asked:
+        if index in record.in_doubt:
+            record.kept[index] = record.kept_of(index) - step
 
 
 @dataclass(slots=True)
