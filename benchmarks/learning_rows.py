@@ -20,6 +20,8 @@ class Row:
     lost: float = 0.0
     replaced: float = 0.0
     attackers: int = 0
+    guard: bool = True
+    """what every node has: no exchange moves it further than is usual (mesh/core/guard.py)"""
     speeds: bool = False
     goals: tuple[tuple[str, str, float], ...] = ()
     """(split, averaged or worst, points)"""
@@ -81,6 +83,13 @@ ROWS = (
     ),
     Row(name="outer, every 25", strategy="outer", every=25, goals=within(0.5, 5), transfers=32),
     Row(name="2 of 16 flip their sign: pair", attackers=2, transfers=300, tuned_as="pair, every 8"),
+    Row(
+        name="2 of 16 flip their sign: pair, no guard",
+        attackers=2,
+        guard=False,
+        transfers=300,
+        tuned_as="pair, every 8",
+    ),
     Row(
         name="2 of 16 flip their sign: clip",
         strategy="clip",

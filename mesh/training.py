@@ -208,16 +208,20 @@ class JoinedNode:
             with node.averaged():
                 evaluate(model)        # or save it
 
-        Waits for one exchange, at most 2 s; not at all where there is nobody to average with. What
-        was learned since the last hand-over is not in it. Do not train inside.
+        Waits for one exchange, at most 2 s; not at all where there is nobody to average with. Where
+        the exchange before is still under way, what was learned since then is not in it. Do not train
+        inside.
         """
         self._check_open()
         self._tensors.check()
         session = self._attachment.session
         with self._attachment.or_alone():
             if session is not None:
-                with uninterrupted():
-                    session.meet()
+                if session.holding and not session.fresh:
+                    self._post(session, waits=True)
+                else:
+                    with uninterrupted():
+                        session.meet()
                 session.wait_for_offer()
         session = (
             self._attachment.session
@@ -305,8 +309,28 @@ class JoinedNode:
         with self._attachment.or_alone():
             if place == 0:
                 self._boundary(session)
-            elif place == self._every - 1 and not self._patience:
+                return
+            self._take_in(session)
+            if place == self._every - 1 and not self._patience:
                 session.want()
+
+    def _take_in(self, session: Session) -> None:
+        """Brings what the exchange brought into the model, at the first step that finds it there.
+
+        At the next boundary it would be H steps old: replicas would train on from where they had been
+        before they were averaged, and lie further apart.
+        """
+        session.take_events(0.0)
+        if session.fresh:
+            self._tensors.check()
+            with uninterrupted():
+                self._merge(session)
+
+    def _merge(self, session: Session) -> None:
+        """x += offered - posted; posted = x."""
+        self._tensors.merge(session.posted, session.offered)
+        self._keeper.merged(session)
+        session.fresh = False
 
     def _boundary(self, session: Session) -> None:
         self._tensors.check()
@@ -314,21 +338,18 @@ class JoinedNode:
             session.want()
             return
         self._every = session.every or self._every  # `mesh set every=`
-        self._post(session, waits=self._patience > 0)
+        self._post(session, waits=self._patience > 0 or self._every > 1)
         if self._patience and session.take_events(self._patience):
             # It arrived before any step was made since the post: it is the model.
             with uninterrupted():
-                self._tensors.merge(session.posted, session.offered)
-                self._keeper.merged(session)
-                session.fresh = False
+                self._merge(session)
 
     def _post(self, session: Session, *, waits: bool) -> None:
         """Brings the offer in hand into the model, and the model's progress into `posted`."""
         loss = self._loss
         with uninterrupted():
             if session.fresh:
-                self._tensors.merge(session.posted, session.offered)
-                self._keeper.merged(session)
+                self._merge(session)
             else:
                 self._tensors.collect(session.posted)
             session.post(
