@@ -216,6 +216,7 @@ class Node:
                 exchanged=spec.exchanged,
                 strategy=spec.strategy,
                 weight=spec.weight,
+                posts=spec.step // spec.every,
             )
         )
         return run

@@ -89,6 +89,26 @@ def test_an_exchange_of_a_random_pair_contracts_the_variance_as_in_theory(n):
     assert np.mean(factors) == pytest.approx(1 - 1 / (n - 1), rel=0.02)
 
 
+@pytest.mark.parametrize("n", [4, 8, 16, 32, 128])
+def test_a_round_of_disjoint_random_pairs_contracts_the_variance_as_in_theory(n):
+    """(n - 2) / (2 (n - 1)), by what a responder and an initiator do to their replicas in one exchange."""
+    rng, factors = np.random.default_rng(n), []
+    codec, reply, request = Float32(), *(memoryview(bytearray(4 * 64)) for _ in range(2))
+    nodes = [Replica(64) for _ in range(n)]
+    for _ in range(1000 // n + 20):
+        x = rng.standard_normal((n, 64)).astype(np.float32)
+        for node, values in zip(nodes, x, strict=True):
+            node.weights[:] = values
+        for i, j in rng.permutation(n).reshape(-1, 2):
+            nodes[i].write(0, request, codec)
+            nodes[j].answer(0, request, share(1.0, 1.0), reply, codec)
+            nodes[i].apply(0, reply, share(1.0, 1.0), codec)
+        after = np.stack([node.weights for node in nodes])
+        np.testing.assert_allclose(after.mean(axis=0), x.mean(axis=0), atol=1e-5)
+        factors.append(variance(after.astype(np.float64)) / variance(x.astype(np.float64)))
+    assert np.mean(factors) == pytest.approx((n - 2) / (2 * (n - 1)), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("n", "rounds"), [(4, 23), (8, 38), (16, 49), (32, 52), (64, 53), (128, 55)]
 )
