@@ -298,12 +298,17 @@ def tune(rows: list[Row], rates: list[float], steps: int, pool: Pool) -> None:
     print("RATES: dict[tuple[str, str], float] = {")
     for (row, split), climb in climbs.items():
         said = " ".join(f"{rates[at]:g}:{loss:.4f}" for at, loss in sorted(climb.losses.items()))
-        print(f'    ("{row.name}", "{split}"): {rates[climb.best]:g},  # {said}')
+        print(f'    ("{row.name}", "{split}"): {rates[climb.chosen]:g},  # {said}')
     print("}")
 
 
 class Climb:
-    """One row's way to the candidate of the least loss, by neighbours; losses have one valley."""
+    """One row's way to the candidate of the least loss, by neighbours; losses have one valley.
+
+    What is chosen is the rate at which the worse of two losses is least: its own, and that of the next
+    larger rate. The best rate of one seed is often the last before training diverges, and does so on
+    another seed; the reference's too.
+    """
 
     def __init__(self, candidates: int) -> None:
         self._candidates = candidates
@@ -312,6 +317,12 @@ class Climb:
     @property
     def best(self) -> int:
         return min(self.losses, key=lambda at: self.losses[at])
+
+    @property
+    def chosen(self) -> int:
+        """Of the best and the one below, as beyond these both losses are larger."""
+        below, above = (self.losses.get(self.best + side, math.inf) for side in (-1, 1))
+        return self.best - 1 if below < above else self.best
 
     def asks(self) -> int | None:
         """The candidate to try next; None where both neighbours of the best are worse."""

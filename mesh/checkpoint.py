@@ -24,6 +24,7 @@ from mesh.disk import REAL_DISK, Disk
 from mesh.errors import UsageError
 from mesh.generations import generation_path, read_generation
 from mesh.plain_values import decode, encode
+from mesh.rehearsal import rehearse
 from mesh.tensors import storage_key
 
 FORMAT: Final = "mesh.checkpoint/1"
@@ -285,6 +286,7 @@ def _fitting_state(
         for key, value in own_group.items():
             if key not in group or not _alike(value, group[key]):
                 raise ValueError(f"the optimizer's {key} is {str(group.get(key))[:40]}")
+    rehearse(optimizer, state)
     return dict(state)
 
 
