@@ -50,10 +50,21 @@ class Keeper:
                 self._optimizer.anchor()
             self._anchored = session
 
+    def due(self, session: Session | None) -> bool:
+        """Whether a checkpoint is to be written after this step.
+
+        What the strategy keeps is in the training's hands between two hand-overs; that is waited for,
+        but not for ever: the node may be stopped.
+        """
+        if self._autosave is None or not self._autosave.due():
+            return False
+        waits = session is not None and session.keeps and not session.holding
+        return not waits or self._autosave.late()
+
     def step(self, **figures: Any) -> None:
-        """A step is over: writes a checkpoint in the background, if one is due."""
-        if self._autosave is not None and self._autosave.due():
-            self._autosave.start(snapshot(self._model, self._optimizer, **figures))
+        """Writes a checkpoint in the background: one is due."""
+        assert self._autosave is not None
+        self._autosave.start(snapshot(self._model, self._optimizer, **figures))
 
     def save(self, path: str | os.PathLike[str], **figures: Any) -> None:
         """Writes a checkpoint and waits for the disk. Raises MeshError."""

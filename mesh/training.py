@@ -96,6 +96,7 @@ def join(
         "sync_timeout_s": float(sync_timeout),
         "pid": os.getpid(),
         "script": sys.argv[0] or "python",
+        "keeps": checkpoint is not None,
     }
     autosave = None if checkpoint is None else Autosave(checkpoint, run, checkpoint_every)
     try:
@@ -197,7 +198,8 @@ class JoinedNode:
             self._progress.loss = float(loss)
         self._attachment.stepped(loss)
         self._boundaries.step()
-        self._keeper.step(**self._figures())
+        if self._keeper.due(self._attachment.session):
+            self._keeper.step(**self._figures())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -309,6 +311,7 @@ class JoinedNode:
 
     def _figures(self) -> dict[str, Any]:
         """What a checkpoint says of this training."""
+        session = self._attachment.session
         return {
             "run": self.run,
             "step": self._progress.steps,
@@ -316,6 +319,7 @@ class JoinedNode:
             "samples": self._progress.samples,
             "strategy": self._attachment.strategy,
             "exchanged": self._attachment.met,
+            "strategy_state": None if session is None else session.strategy_state(),
         }
 
     def _check_open(self) -> None:

@@ -370,6 +370,51 @@ def test_outer_nodes_learn_together_and_agree():
 # ------------------------------------------------------------------------------- guard and clip
 
 
+def learned_together(*, restarts):
+    """The weights of two nodes after six outer steps each; the first training may restart after three,
+    with what its checkpoint would hold."""
+
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            players = [
+                Player(np.full(4, float(k), dtype=np.float32), strategy="outer", keeps=True)
+                for k in range(2)
+            ]
+            for index, player in enumerate(players, 1):
+                await player.attach(mesh.nodes[index])
+            await until(lambda: all(p.begun and p.run.partners() for p in players))
+            for turn in range(6):
+                if restarts and turn == 3:
+                    players[0] = await restarted(players[0])
+                for player, toward in zip(players, (1.0, -2.0), strict=True):
+                    await newer_offer(player)
+                    await hand_over(player, 0.1 * (toward - player.offered), waits=True)
+                    await until(lambda p=player: not p.run.ours and p.run.current is None)
+            return np.stack([p.weights for p in players])
+
+    async def newer_offer(player):
+        """The other's exchange came after the offer in hand."""
+        player.run.take_back()
+        await player.run.offer()
+
+    async def restarted(old):
+        await newer_offer(old)
+        new = Player(old.offered.copy(), strategy="outer", keeps=True)
+        new.kept[:] = old.kept
+        new.resumes, new.began, new._met = True, "first", True
+        await old.node.detach(old.run)
+        await new.attach(old.node)
+        await until(lambda: new.begun and new.run.partners())
+        return new
+
+    return run_seeded(main, 3)
+
+
+def test_an_outer_training_that_resumes_goes_on_as_if_it_had_not_stopped():
+    whole = learned_together(restarts=False)
+    np.testing.assert_allclose(learned_together(restarts=True), whole, atol=1e-6)
+
+
 def test_the_guard_reaches_ten_times_the_usual_distance():
     guard = Guard()
     for _ in range(ENOUGH - 1):
