@@ -36,7 +36,7 @@ from sklearn.model_selection import train_test_split
 import mesh
 from benchmarks import figures
 from benchmarks.figures import Figure
-from benchmarks.learning_rows import ROWS, Row, missing, rate_of
+from benchmarks.learning_rows import CANDIDATES, ROWS, Climb, Row, missing, rate_of
 from mesh.conditions import REFERENCES
 from mesh.core.guard import Guard
 
@@ -52,13 +52,6 @@ LEAST = BATCH
 
 TUNED_ON = 11
 """A seed that the table does not use."""
-
-CANDIDATES = (0.1, 0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6, 2.3)
-"""Rates a factor of 1.4 apart: between two of them the loss is flat. The least and the largest are further
-out than any row's best."""
-
-BEGIN_AT = 5
-"""Of the candidates: near most rows' best. From there tuning climbs while the loss falls."""
 
 SPEEDS = tuple(10 ** (k / (NODES - 1)) for k in range(NODES))
 """The fastest machine is ten times as fast as the slowest."""
@@ -300,36 +293,6 @@ def tune(rows: list[Row], rates: list[float], steps: int, pool: Pool) -> None:
         said = " ".join(f"{rates[at]:g}:{loss:.4f}" for at, loss in sorted(climb.losses.items()))
         print(f'    ("{row.name}", "{split}"): {rates[climb.chosen]:g},  # {said}')
     print("}")
-
-
-class Climb:
-    """One row's way to the candidate of the least loss, by neighbours; losses have one valley.
-
-    What is chosen is the rate at which the worse of two losses is least: its own, and that of the next
-    larger rate. The best rate of one seed is often the last before training diverges, and does so on
-    another seed; the reference's too.
-    """
-
-    def __init__(self, candidates: int) -> None:
-        self._candidates = candidates
-        self.losses: dict[int, float] = {}
-
-    @property
-    def best(self) -> int:
-        return min(self.losses, key=lambda at: self.losses[at])
-
-    @property
-    def chosen(self) -> int:
-        """Of the best and the one below, as beyond these both losses are larger."""
-        below, above = (self.losses.get(self.best + side, math.inf) for side in (-1, 1))
-        return self.best - 1 if below < above else self.best
-
-    def asks(self) -> int | None:
-        """The candidate to try next; None where both neighbours of the best are worse."""
-        if not self.losses:
-            return min(BEGIN_AT, self._candidates - 1)
-        around = (self.best + 1, self.best - 1)
-        return next((a for a in around if 0 <= a < self._candidates and a not in self.losses), None)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """The rows of benchmarks/learning.py: how each trains, how good it has to be, at which rate."""
 
+import math
 from dataclasses import dataclass
 
 import mesh
@@ -99,6 +100,13 @@ ROWS = (
     ),
 )
 
+CANDIDATES = (0.1, 0.14, 0.2, 0.28, 0.4, 0.57, 0.8, 1.13, 1.6, 2.3)
+"""Rates a factor of 1.4 apart: between two of them the loss is flat. The least and the largest are further
+out than any row's best."""
+
+BEGIN_AT = 5
+"""Of the candidates: near most rows' best. From there tuning climbs while the loss falls."""
+
 RATES: dict[tuple[str, str], float] = {
     ("one place, same samples", "iid"): 0.8,  # 0.1:0.1184 0.2:0.0695 0.4:0.0351 0.8:0.0118
     ("one place, same samples", "dirichlet"): 0.8,  # 0.1:0.1262 0.2:0.0783 0.4:0.0443 0.8:0.0153
@@ -124,6 +132,37 @@ RATE = 0.2
 
 def rate_of(row: Row, split: str) -> float:
     return RATES.get((row.tuned_as or row.name, split), RATE)
+
+
+class Climb:
+    """One row's way to the candidate of the least loss, by neighbours; losses have one valley.
+
+    What is chosen is the rate at which the worse of two losses is least: its own, and that of the next
+    larger rate. The best rate of one seed is often the last before training diverges, and does so on
+    another seed; the reference's too.
+    """
+
+    def __init__(self, candidates: int, begin_at: int = BEGIN_AT) -> None:
+        self._candidates = candidates
+        self._begin_at = min(begin_at, candidates - 1)
+        self.losses: dict[int, float] = {}
+
+    @property
+    def best(self) -> int:
+        return min(self.losses, key=lambda at: self.losses[at])
+
+    @property
+    def chosen(self) -> int:
+        """Of the best and the one below, as beyond these both losses are larger."""
+        below, above = (self.losses.get(self.best + side, math.inf) for side in (-1, 1))
+        return self.best - 1 if below < above else self.best
+
+    def asks(self) -> int | None:
+        """The candidate to try next; None where both neighbours of the best are worse."""
+        if not self.losses:
+            return self._begin_at
+        around = (self.best + 1, self.best - 1)
+        return next((a for a in around if 0 <= a < self._candidates and a not in self.losses), None)
 
 
 def missing(row: Row) -> str | None:
