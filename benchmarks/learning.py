@@ -301,6 +301,9 @@ def main() -> int:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=CANDIDATES, help="to choose from, with --tune"
     )
+    parser.add_argument(
+        "--seeds", type=int, default=len(SEEDS), help="how many, from 1; more say what is chance"
+    )
     parser.add_argument("--tune", action="store_true", help="choose the rates again")
     parser.add_argument(
         "--jobs",
@@ -324,7 +327,7 @@ def _run(flags: argparse.Namespace, pool: Pool) -> int:
     if flags.tune:
         tune([row for row in rows if flags.only in row.name], flags.rates, steps, pool)
         return 0
-    seeds = SEEDS[:1] if flags.quick else SEEDS
+    seeds = SEEDS[:1] if flags.quick else range(1, flags.seeds + 1)
     jobs = [
         Job(row=row, split=split, seed=seed, rate=rate_of(row, split), steps=steps)
         for seed in seeds

@@ -71,7 +71,9 @@ class CheckpointInfo:
     """other replicas had met this one: what it held was the mesh's"""
     optimizer: str | None
     """its class; None: saved without one"""
-    strategy_state: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    strategy_state: Mapping[str, torch.Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     """what the strategy keeps beside the weights, by name"""
 
 

@@ -7,6 +7,7 @@ that was gone) brings in all that the mesh did meanwhile, and says nothing of mo
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Keeper:
         if self.resumed is None and isinstance(self._optimizer, QuasiGlobalSGD):
             self._optimizer.anchor()
             self._anchored = session
+        if self.resumed is not None:  # the node has it now; it is as long as two models
+            self.resumed = replace(self.resumed, strategy_state={})
 
     def merged(self, session: Session) -> None:
         """An offer of this session has just been brought into the model."""
