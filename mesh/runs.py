@@ -32,6 +32,9 @@ from mesh.replica import HandOver, Replica
 CLIP_RECENT: Final = 2 * CLIP_PEERS
 """Distances whose smallest is the radius of `clip`: those of two rounds."""
 
+CLIP_FAR: Final = 4.0
+"""Radii within which honest replicas lie on uneven data; those that flip their signs lie at fifty."""
+
 DISTANCES_KEPT: Final = 8
 """Pair distances that the drift is read from: the last few, or it would lag behind the training."""
 
@@ -196,10 +199,12 @@ class Run:
 
     async def mix_clipped(self) -> float:
         """w goes a quarter of the way to what a pull has brought, or less: as far as if it were no
-        further away than the nearest of those seen lately. Returns its square distance.
+        further away than the nearest of those seen lately, and beyond four times that distance less
+        again, the further the less. Returns its square distance.
 
         Source: self-centred clipping, He, Karimireddy, Jaggi, "Byzantine-Robust Decentralized Learning
-        via ClippedGossip" (2022), the radius being the smallest recent distance.
+        via ClippedGossip" (2022), the radius being the smallest recent distance; beyond CLIP_FAR of it an
+        influence that descends (Hampel's estimators), or liars far away would pull for ever.
         """
         square = 0.0
 
@@ -211,7 +216,8 @@ class Run:
             await self._each_fragment(measure)
             self.pulled.append(square)
             if square and len(self.pulled) >= CLIP_PEERS:
-                part = (min(self.pulled) / square) ** 0.5 / (CLIP_PEERS + 1)
+                near = (min(self.pulled) / square) ** 0.5
+                part = near * min(1.0, CLIP_FAR * near) / (CLIP_PEERS + 1)
                 await self._each_fragment(
                     lambda index: self.replica.approach(index, self.taken, part)
                 )
