@@ -2,7 +2,8 @@
 
     python -m benchmarks.learning                 the table: every row, both splits, three seeds
     python -m benchmarks.learning --only "pair"   rows whose name holds this
-    python -m benchmarks.learning --tune          the rates again, for the RATES below
+    python -m benchmarks.learning --tune          the rates again, for RATES in learning_rows.py
+    python -m benchmarks.learning --seeds 8       more seeds: what of a difference is chance
     python -m benchmarks.learning --quick         a minute: one seed, 200 steps, no goals
 
 A job's trip: rows() -> one row, split and seed -> a process of its own core -> mesh.simulate() ->
