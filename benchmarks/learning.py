@@ -2,16 +2,19 @@
 
     python -m benchmarks.learning                 the table: every row, both splits, three seeds
     python -m benchmarks.learning --only "pair"   rows whose name holds this
-    python -m benchmarks.learning --tune          the rates again, for the RATES below
+    python -m benchmarks.learning --tune          the rates again, for RATES in learning_rows.py
+    python -m benchmarks.learning --seeds 8       more seeds: what of a difference is chance
     python -m benchmarks.learning --quick         a minute: one seed, 200 steps, no goals
 
 A job's trip: rows() -> one row, split and seed -> a process of its own core -> mesh.simulate() ->
 Found -> the row's mean over the seeds -> how far it is below `one place` with the same samples.
 Rules: 1. References are computed beside the rows, on the same samples. 2. A rate is chosen on one seed
-by the averaged model's loss on all training data, never by what is tested. 3. Transfers are what was
-sent on the simulated wire, first weights included.
+by the averaged model's loss on all training data, never by what is tested; all rows and references
+choose from the same CANDIDATES. 3. Transfers are what was sent on the simulated wire, first weights
+included.
 """
 
+import argparse
 import contextlib
 import math
 import multiprocessing
@@ -24,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import Pool
 from multiprocessing.queues import SimpleQueue
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,8 +37,9 @@ from sklearn.model_selection import train_test_split
 import mesh
 from benchmarks import figures
 from benchmarks.figures import Figure
-from benchmarks.learning_rows import ROWS, Row, missing, rate_of
+from benchmarks.learning_rows import CANDIDATES, ROWS, Climb, Row, missing, rate_of
 from mesh.conditions import REFERENCES
+from mesh.core.guard import Guard
 
 NODES = 16
 STEPS = 800
@@ -49,7 +54,6 @@ LEAST = BATCH
 TUNED_ON = 11
 """A seed that the table does not use."""
 
-CANDIDATES = (0.1, 0.2, 0.4, 0.8)
 SPEEDS = tuple(10 ** (k / (NODES - 1)) for k in range(NODES))
 """The fastest machine is ten times as fast as the slowest."""
 
@@ -127,21 +131,22 @@ def train(job: Job) -> Found:
     def learned(model: torch.nn.Module) -> float:
         return -loss_of(model(x), y).item()
 
-    report = mesh.simulate(
-        build,
-        loader,
-        nodes=NODES,
-        every=row.every,
-        steps=job.steps,
-        seed=job.seed,
-        strategy=row.strategy,
-        codec=row.codec,
-        speeds=SPEEDS if row.speeds else None,
-        loss_of_connections=row.lost,
-        replaced=row.replaced,
-        attackers=range(1, NODES + 1, NODES // row.attackers) if row.attackers else (),
-        evaluate=learned if job.tunes else accuracy,
-    )
+    with contextlib.nullcontext() if row.guard else mock.patch.object(Guard, "reach", _no_reach):
+        report = mesh.simulate(
+            build,
+            loader,
+            nodes=NODES,
+            every=row.every,
+            steps=job.steps,
+            seed=job.seed,
+            strategy=row.strategy,
+            codec=row.codec,
+            speeds=SPEEDS if row.speeds else None,
+            loss_of_connections=row.lost,
+            replaced=row.replaced,
+            attackers=range(1, NODES + 1, NODES // row.attackers) if row.attackers else (),
+            evaluate=learned if job.tunes else accuracy,
+        )
     assert report.accuracy is not None
     return Found(
         **asdict(report.accuracy),
@@ -152,6 +157,11 @@ def train(job: Job) -> Found:
     )
 
 
+def _no_reach(guard: Guard, progress: float, norm: float) -> float | None:
+    """Of a node without its guard: an exchange may bring anything."""
+    return None
+
+
 def _begin(cores: "SimpleQueue[int]") -> None:
     """In a worker: the programs of a laboratory take turns, which is quickest on one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -160,28 +170,26 @@ def _begin(cores: "SimpleQueue[int]") -> None:
 
 
 @contextlib.contextmanager
-def workers() -> Iterator[Pool]:
+def workers(count: int) -> Iterator[Pool]:
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
-    count = os.cpu_count() or 1
     for core in range(count):
         cores.put(core)
     with context.Pool(count, initializer=_begin, initargs=(cores,)) as pool:
         yield pool
 
 
-def all_of(jobs: list[Job]) -> dict[Job, Found]:
+def all_of(jobs: list[Job], pool: Pool) -> dict[Job, Found]:
     """Says how far it is on standard error."""
     found = {}
-    with workers() as pool:
-        for job, one in zip(jobs, pool.imap(train, jobs), strict=True):
-            found[job] = one
-            print(
-                f"{len(found):4} of {len(jobs)}  {job.row.name}, {job.split}, seed {job.seed}, "
-                f"rate {job.rate:g}: {one.averaged:.2f} ({one.mean:.2f}, {one.worst:.2f})",
-                file=sys.stderr,
-                flush=True,
-            )
+    for job, one in zip(jobs, pool.imap(train, jobs), strict=True):
+        found[job] = one
+        print(
+            f"{len(found):4} of {len(jobs)}  {job.row.name}, {job.split}, seed {job.seed}, "
+            f"rate {job.rate:g}: {one.averaged:.4g} ({one.mean:.4g}, {one.worst:.4g})",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
@@ -263,28 +271,28 @@ def goals(lines: list[Line]) -> list[Figure]:
     return made
 
 
-def tune(rows: list[Row], rates: list[float], steps: int) -> None:
-    """Prints RATES."""
-    rows = [row for row in rows if not row.tuned_as]
-    jobs = [
-        Job(row=row, split=split, seed=TUNED_ON, rate=rate, steps=steps, tunes=True)
-        for row in rows
-        for split in SPLITS
-        for rate in rates
-    ]
-    found = all_of(jobs)
-    print("RATES: dict[tuple[str, str], float] = {")
-    for row in rows:
-        for split in SPLITS:
+def tune(rows: list[Row], rates: list[float], steps: int, pool: Pool) -> None:
+    """Prints RATES. Each row and split climbs: to the next larger rate, or else the next smaller one,
+    while the loss falls."""
+    climbs = {
+        (row, split): Climb(len(rates)) for row in rows if not row.tuned_as for split in SPLITS
+    }
+    while asked := {key: at for key, climb in climbs.items() if (at := climb.asks()) is not None}:
+        jobs = {
+            key: Job(
+                row=key[0], split=key[1], seed=TUNED_ON, rate=rates[at], steps=steps, tunes=True
+            )
+            for key, at in asked.items()
+        }
+        found = all_of(list(jobs.values()), pool)
+        for key, at in asked.items():
+            loss = -found[jobs[key]].averaged
             # A loss that is not a number is the worst.
-            losses = {
-                job.rate: one.averaged if math.isfinite(one.averaged) else -math.inf
-                for job, one in found.items()
-                if (job.row, job.split) == (row, split)
-            }
-            best = max(losses, key=lambda rate: losses[rate])
-            said = " ".join(f"{rate:g}:{-loss:.4f}" for rate, loss in losses.items())
-            print(f'    ("{row.name}", "{split}"): {best:g},  # {said}')
+            climbs[key].losses[at] = loss if math.isfinite(loss) else math.inf
+    print("RATES: dict[tuple[str, str], float] = {")
+    for (row, split), climb in climbs.items():
+        said = " ".join(f"{rates[at]:g}:{loss:.4f}" for at, loss in sorted(climb.losses.items()))
+        print(f'    ("{row.name}", "{split}"): {rates[climb.chosen]:g},  # {said}')
     print("}")
 
 
@@ -294,8 +302,22 @@ def main() -> int:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=CANDIDATES, help="to choose from, with --tune"
     )
+    parser.add_argument(
+        "--seeds", type=int, default=len(SEEDS), help="how many, from 1; more say what is chance"
+    )
     parser.add_argument("--tune", action="store_true", help="choose the rates again")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="trainings at once; default: the cores",
+    )
     flags = parser.parse_args()
+    with workers(flags.jobs) as pool:
+        return _run(flags, pool)
+
+
+def _run(flags: argparse.Namespace, pool: Pool) -> int:
     skipped = {row.name: why for row in ROWS if (why := missing(row)) is not None}
     rows = [row for row in ROWS if row.name not in skipped]
     if flags.only:  # the references are needed by every row
@@ -304,16 +326,16 @@ def main() -> int:
         rows = [replace(row, goals=()) for row in rows if row.every > 1][:4]
     steps = STEPS_QUICK if flags.quick else STEPS
     if flags.tune:
-        tune([row for row in rows if flags.only in row.name], flags.rates, steps)
+        tune([row for row in rows if flags.only in row.name], flags.rates, steps, pool)
         return 0
-    seeds = SEEDS[:1] if flags.quick else SEEDS
+    seeds = SEEDS[:1] if flags.quick else range(1, flags.seeds + 1)
     jobs = [
         Job(row=row, split=split, seed=seed, rate=rate_of(row, split), steps=steps)
         for seed in seeds
         for row in rows
         for split in SPLITS
     ]
-    found = all_of(jobs)
+    found = all_of(jobs, pool)
     lines = [
         line_of(row, split, rate, [found[job] for job in jobs if (job.row, job.split) == key])
         for row in rows

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mesh.checkpoint import CheckpointInfo
+from mesh.checkpoint import CheckpointInfo, kept_of
 from mesh.client import LocalSocket, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.launch import NodeProcess, make_mesh_if_none, start_node
@@ -75,6 +75,7 @@ class Attachment:
         self._retry_at = 0.0
         self._retry_s = FIRST_RETRY_S
         self._begun = resumed is not None
+        self._kept = None if resumed is None else kept_of(resumed, self.strategy, tensors.entries)
         self._met = resumed is not None and resumed.exchanged
         """other replicas have met this one: what it holds is the mesh's"""
         self.session: Session | None = None
@@ -205,11 +206,14 @@ class Attachment:
                 "exchanged": self._met,
                 "step": self.clock.counted,
                 "clock": self.clock.steps,
+                "resumes": self._kept is not None,
             },
             self._tensors.fill,
             begin_s,
             self.clock,
+            self._kept,
         )
+        self._kept = None
         if how == "donor":
             self._tensors.load(session.offered)
         session.posted[:] = session.offered

@@ -26,6 +26,10 @@ from mesh.generations import write_generation
 
 logger = logging.getLogger("mesh")
 
+LATE_S = 60.0
+"""A checkpoint that is due waits so long for the next hand-over, where it wants something of it: a slow
+training hands over every minute or so. Then it is written without."""
+
 
 class Autosave:
     """Writes one run's checkpoints into a directory, `every_s` seconds apart or more."""
@@ -77,6 +81,10 @@ class Autosave:
     def due(self) -> bool:
         """Whether it is time for the next one, and the last is written."""
         return time.monotonic() >= self._due_at and not (self._thread and self._thread.is_alive())
+
+    def late(self) -> bool:
+        """Whether it has been due for long."""
+        return time.monotonic() >= self._due_at + LATE_S
 
     def start(self, snapshot: Snapshot) -> None:
         """Writes it in a thread of its own. Call only when one is due."""

@@ -12,24 +12,29 @@ has two names, once.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from mesh.codec import Floats
+from mesh.core.strategies import KEPT_VECTORS
 from mesh.disk import REAL_DISK, Disk
 from mesh.errors import UsageError
 from mesh.generations import generation_path, read_generation
 from mesh.plain_values import decode, encode
+from mesh.rehearsal import rehearse
 from mesh.tensors import storage_key
 
 FORMAT: Final = "mesh.checkpoint/1"
 MODEL: Final = "model."
 EXTRA: Final = "extra."
 OPTIMIZER: Final = "optimizer."
+STRATEGY: Final = "strategy."
 """What names of tensors begin with, by whose they are."""
 
 DTYPES: Final = {
@@ -66,6 +71,10 @@ class CheckpointInfo:
     """other replicas had met this one: what it held was the mesh's"""
     optimizer: str | None
     """its class; None: saved without one"""
+    strategy_state: Mapping[str, torch.Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """what the strategy keeps beside the weights, by name"""
 
 
 Snapshot = tuple[dict[str, Any], bytearray]
@@ -85,6 +94,7 @@ def snapshot(
     samples: int,
     strategy: str,
     exchanged: bool,
+    strategy_state: Floats | None = None,
 ) -> Snapshot:
     """A copy of everything as it is now. Raises UsageError for what cannot be saved."""
     tensors, tied, others = _entries(model)
@@ -95,7 +105,7 @@ def snapshot(
         "step": step,
         "mesh_step": mesh_step,
         "samples": samples,
-        "strategy": {"name": strategy, "state": None},
+        "strategy": {"name": strategy, "state": _kept_tensors(strategy, strategy_state, held)},
         "exchanged": exchanged,
         "model": {"tied": tied, "others": encode(others, EXTRA.rstrip("."), held)},
         "optimizer": None,
@@ -105,6 +115,33 @@ def snapshot(
         about["optimizer"] = {"class": type(optimizer).__name__, "state": state}
     held |= {MODEL + name: tensor for name, tensor in tensors.items()}
     return about, _serialized(held)
+
+
+def _kept_tensors(
+    strategy: str, state: Floats | None, held: dict[str, torch.Tensor]
+) -> dict[str, str] | None:
+    """The names of the state's tensors, which go into `held`."""
+    if state is None:
+        return None
+    names = {name: STRATEGY + name for name in KEPT_VECTORS[strategy]}
+    held |= dict(zip(names.values(), map(torch.from_numpy, state), strict=True))
+    return names
+
+
+def kept_of(info: CheckpointInfo, strategy: str, entries: int) -> Floats | None:
+    """What `strategy` kept, (vectors, entries); None where the checkpoint holds nothing of it.
+
+    Raises UsageError if that is of another model.
+    """
+    if info.strategy != strategy or not info.strategy_state:
+        return None
+    for name, tensor in info.strategy_state.items():
+        if tensor.shape != (entries,):
+            raise UsageError(
+                f"the checkpoint's {name} of strategy {strategy!r} has the shape "
+                f"{list(tensor.shape)}, the model {entries} numbers: move it away"
+            )
+    return np.stack([info.strategy_state[name].numpy() for name in KEPT_VECTORS[strategy]])
 
 
 def _entries(
@@ -178,8 +215,8 @@ def load_generation(
     """As load(), from the JSON at `path`."""
     about, data = read_generation(path, disk)
     try:
-        info = _info(about)
         tensors = safetensors.torch.load(data)
+        info = _info(about, tensors)
         entries = _fitting_entries(about["model"], tensors, model)
         state = None if optimizer is None else _fitting_state(about, tensors, optimizer)
         if optimizer is not None and state is not None:
@@ -194,7 +231,7 @@ def load_generation(
     return info
 
 
-def _info(about: dict[str, Any]) -> CheckpointInfo:
+def _info(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CheckpointInfo:
     if about.get("format") != FORMAT:
         raise UsageError(
             f"its format is {str(about.get('format'))[:40]!r}, this version reads {FORMAT!r}: "
@@ -216,8 +253,23 @@ def _info(about: dict[str, Any]) -> CheckpointInfo:
                 strategy=strategy,
                 exchanged=exchanged,
                 optimizer=None if optimizer is None else optimizer["class"],
+                strategy_state=_strategy_state(strategy, about["strategy"].get("state"), tensors),
             )
     raise ValueError("run, strategy or optimizer is missing")
+
+
+def _strategy_state(
+    strategy: str, names: object, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    if names is None:
+        return {}
+    wanted = KEPT_VECTORS.get(strategy, ())
+    if names != {name: STRATEGY + name for name in wanted}:
+        raise ValueError(f"{str(names)[:80]} is no state of strategy {strategy!r}")
+    state = {name: tensors[STRATEGY + name] for name in wanted}
+    if any(tensor.dtype != torch.float32 or tensor.dim() != 1 for tensor in state.values()):
+        raise ValueError(f"the state of strategy {strategy!r} is no float32 vectors")
+    return state
 
 
 def _whole(about: dict[str, Any], key: str) -> int:
@@ -285,6 +337,7 @@ def _fitting_state(
         for key, value in own_group.items():
             if key not in group or not _alike(value, group[key]):
                 raise ValueError(f"the optimizer's {key} is {str(group.get(key))[:40]}")
+    rehearse(optimizer, state)
     return dict(state)
 
 

@@ -26,7 +26,7 @@ from mesh.codec import EXACT, check_codec
 from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
-from mesh.core.strategies import PAIR, check_strategy
+from mesh.core.strategies import KEPT_VECTORS, PAIR, check_strategy
 from mesh.errors import MeshError, UsageError
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -163,7 +163,8 @@ class Control:
             spec = _spec(request)
             self._node.check_run(spec)
             entries = sum(math.prod(entry.shape) for entry in spec.entries)
-            memory = HandOverMemory.create(entries)
+            vectors = len(KEPT_VECTORS.get(spec.strategy, ())) if spec.keeps else 0
+            memory = HandOverMemory.create(entries, vectors)
         except (MeshError, OSError) as error:
             await lines.send(failure(error))
             return
@@ -177,11 +178,13 @@ class Control:
                 put.send_nowait(event)
 
         try:
-            await lines.send({"ok": True, "entries": entries}, descriptor=memory.descriptor)
+            answer = {"ok": True, "entries": entries, "vectors": vectors}
+            await lines.send(answer, descriptor=memory.descriptor)
             if await lines.receive() is None:
                 return
             try:
-                run = await self._node.attach(spec, memory.posted, memory.offered, tell)
+                kept = memory.kept if vectors else None
+                run = await self._node.attach(spec, memory.posted, memory.offered, tell, kept)
             except (MeshError, MemoryError) as error:
                 await lines.send({"event": "refused", "reason": str(error)})
                 return
@@ -342,6 +345,8 @@ def _spec(request: Request) -> RunSpec:
         exchanged=request.get("exchanged") is True,
         codec=codec,
         strategy=check_strategy(str(request.get("strategy", PAIR)), weight),
+        keeps=request.get("keeps") is True,
+        resumes=request.get("resumes") is True,
         step=_whole({"step": 0, **request}, "step"),
         clock=_real({"clock": 0.0, **request}, "clock", -CLOCK_LIMIT, CLOCK_LIMIT),
     )

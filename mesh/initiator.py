@@ -21,11 +21,12 @@ from mesh.core.messages import (
     RunInfo,
 )
 from mesh.core.strategies import part_of
+from mesh.counters import Totals
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import FrameReader
 from mesh.links import Peer
 from mesh.net.transport import Stream
-from mesh.runs import Run, Totals
+from mesh.runs import Run
 
 ATTEMPTS: Final = 3
 """Connections that may break in a row without one delta, before others get their turn."""

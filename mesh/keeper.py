@@ -7,6 +7,7 @@ that was gone) brings in all that the mesh did meanwhile, and says nothing of mo
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Keeper:
         if self.resumed is None and isinstance(self._optimizer, QuasiGlobalSGD):
             self._optimizer.anchor()
             self._anchored = session
+        if self.resumed is not None:  # the node has it now; it is as long as two models
+            self.resumed = replace(self.resumed, strategy_state={})
 
     def merged(self, session: Session) -> None:
         """An offer of this session has just been brought into the model."""
@@ -50,10 +53,21 @@ class Keeper:
                 self._optimizer.anchor()
             self._anchored = session
 
+    def due(self, session: Session | None) -> bool:
+        """Whether a checkpoint is to be written after this step.
+
+        What the strategy keeps is in the training's hands between two hand-overs; that is waited for,
+        but not for ever: the node may be stopped.
+        """
+        if self._autosave is None or not self._autosave.due():
+            return False
+        waits = session is not None and session.keeps and not session.holding
+        return not waits or self._autosave.late()
+
     def step(self, **figures: Any) -> None:
-        """A step is over: writes a checkpoint in the background, if one is due."""
-        if self._autosave is not None and self._autosave.due():
-            self._autosave.start(snapshot(self._model, self._optimizer, **figures))
+        """Writes a checkpoint in the background: one is due."""
+        assert self._autosave is not None
+        self._autosave.start(snapshot(self._model, self._optimizer, **figures))
 
     def save(self, path: str | os.PathLike[str], **figures: Any) -> None:
         """Writes a checkpoint and waits for the disk. Raises MeshError."""

@@ -25,11 +25,11 @@ from prometheus_client.registry import Collector
 
 from mesh import __version__
 from mesh.core.messages import PROTOCOL
+from mesh.counters import BOUNDS_S, Durations
 from mesh.errors import UsageError
 from mesh.node import Node, NodeStatistics
 from mesh.report import health
 from mesh.run_statistics import RunStatistics
-from mesh.runs import BOUNDS_S, Durations
 
 HOST: Final = "127.0.0.1"
 PATH: Final = "/metrics"

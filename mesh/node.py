@@ -23,6 +23,7 @@ from mesh.core.messages import Member, NodeId
 from mesh.core.protocol import MeshProtocol
 from mesh.core.statistics import ProtocolStatistics
 from mesh.core.strategies import fragment_entries
+from mesh.counters import Totals
 from mesh.desk import Desk
 from mesh.doors import Doors
 from mesh.errors import (
@@ -38,7 +39,7 @@ from mesh.observer import Observer
 from mesh.replica import Replica
 from mesh.responder import Responder
 from mesh.run_statistics import RunStatistics, run_statistics
-from mesh.runs import Run, RunSpec, Tell, Totals, make_run
+from mesh.runs import Run, RunSpec, Tell, make_run
 
 INBOX_LIMIT: Final = 1024
 """Events that may wait for the loop; whoever brings more waits itself."""
@@ -190,13 +191,20 @@ class Node:
         if len(self._runs) >= RUNS_LIMIT:
             raise UsageError(f"{RUNS_LIMIT} trainings are attached to this node already")
 
-    async def attach(self, spec: RunSpec, posted: Floats, offered: Floats, tell: Tell) -> Run:
+    async def attach(
+        self,
+        spec: RunSpec,
+        posted: Floats,
+        offered: Floats,
+        tell: Tell,
+        kept: Floats | None = None,
+    ) -> Run:
         """Begins a run whose training has filled `posted`; `tell` hears "begun" once its first
         weights are in `offered`. Raises UsageError, NotFinite. End it with detach()."""
         self.check_run(spec)
         replica, now = self._make_replica(spec, len(posted)), trio.current_time()
         partners = partial(self._protocol.partner_count, spec.run)
-        run = make_run(spec, replica, self._codecs, posted, offered, tell, partners, now)
+        run = make_run(spec, replica, self._codecs, posted, offered, tell, partners, now, kept)
         run.paused = self._protocol.paused(spec.run)
         self._runs[spec.run] = run
         try:
@@ -216,6 +224,7 @@ class Node:
                 exchanged=spec.exchanged,
                 strategy=spec.strategy,
                 weight=spec.weight,
+                posts=spec.step // spec.every,
             )
         )
         return run

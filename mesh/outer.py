@@ -9,12 +9,14 @@ w is theta; an exchange has brought it to the mean of the pair when step() is ca
 pull replicas together contract by sqrt(BETA) at best: that is why BETA is not the 0.9 of DiLoCo.
 """
 
+import math
 from typing import Final
 
 import numpy as np
 
 from mesh.codec import Floats
-from mesh.replica import Replica
+from mesh.errors import NotFinite
+from mesh.replica import Replica, square_norm
 
 ALPHA: Final = np.float32(0.7)
 BETA: Final = np.float32(0.5)
@@ -33,6 +35,20 @@ class OuterMomentum:
         where = self._replica.slice_of(index)
         np.copyto(self.anchor[where], self._replica.weights[where])
         self.momentum[where] = 0
+
+    def keep(self, index: int, kept: Floats) -> None:
+        """kept (2, entries) = (phi, m): for the training's checkpoint."""
+        where = self._replica.slice_of(index)
+        np.copyto(kept[0, where], self.anchor[where])
+        np.copyto(kept[1, where], self.momentum[where])
+
+    def resume(self, index: int, kept: Floats) -> None:
+        """(phi, m) = kept, from a checkpoint. Raises NotFinite."""
+        where = self._replica.slice_of(index)
+        if not math.isfinite(square_norm(kept[0, where]) + square_norm(kept[1, where])):
+            raise NotFinite("the checkpoint's momentum of `outer` is not finite")
+        np.copyto(self.anchor[where], kept[0, where])
+        np.copyto(self.momentum[where], kept[1, where])
 
     def step(self, index: int) -> None:
         """One outer step."""

@@ -32,6 +32,7 @@ class Player:
         run: str = RUN,
         codec: str = EXACT,
         strategy: str = PAIR,
+        keeps: bool = False,
     ) -> None:
         self.x = x
         self.weight = weight
@@ -51,6 +52,10 @@ class Player:
         self._codec = codec
         self._strategy = strategy
         self._sync_timeout_s = sync_timeout_s
+        self.kept: Floats | None = np.zeros((2, len(x)), dtype=np.float32) if keeps else None
+        """what its strategy keeps, as of the last offer"""
+        self.resumes = False
+        """it brings `kept` from a checkpoint"""
         self._met = False
         self._run: Run | None = None
         self.posted: Floats = x.copy()
@@ -82,6 +87,8 @@ class Player:
             exchanged=self._met,
             codec=self._codec,
             strategy=self._strategy,
+            keeps=self.kept is not None,
+            resumes=self.resumes,
             step=self.steps,
             clock=self.clock,
         )
@@ -90,7 +97,7 @@ class Player:
             if self.node is node:  # one that died says nothing more
                 self.hear(event)
 
-        self._run = await node.attach(spec, self.posted, self.offered, tell)
+        self._run = await node.attach(spec, self.posted, self.offered, tell, self.kept)
 
     def lost(self) -> None:
         """The node is gone: train alone."""

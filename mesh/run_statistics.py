@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from mesh.core.messages import NodeId
+from mesh.counters import Counters
 from mesh.history import Rates
-from mesh.runs import Counters, Run, RunSpec
+from mesh.runs import Run, RunSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

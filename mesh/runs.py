@@ -6,11 +6,10 @@ loop its turn between two fragments, and of these only one is under way at a tim
 training would be handed half of one model and half of another. Exchanges go on meanwhile.
 """
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, field
-from operator import add
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -19,12 +18,13 @@ import trio
 from mesh.buffers import BufferPool
 from mesh.codec import EXACT, Codec, Floats
 from mesh.core.clock import MeshClock
-from mesh.core.events import Beginning, Outcome
+from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
 from mesh.core.schema import digest
 from mesh.core.strategies import CLIP_PEERS, OUTER, PAIR
+from mesh.counters import Counters
 from mesh.errors import LocalProtocolError
 from mesh.outer import OuterMomentum
 from mesh.replica import HandOver, Replica
@@ -32,19 +32,15 @@ from mesh.replica import HandOver, Replica
 CLIP_RECENT: Final = 2 * CLIP_PEERS
 """Distances whose smallest is the radius of `clip`: those of two rounds."""
 
+CLIP_FAR: Final = 4.0
+"""Radii within which honest replicas lie on uneven data; those that flip their signs lie at fifty."""
+
 DISTANCES_KEPT: Final = 8
 """Pair distances that the drift is read from: the last few, or it would lag behind the training."""
 
 PARTIAL_KEPT_S: Final = 60.0
 """For the next donor to be asked; after that the mesh has gone on too far for half a model of then
 and half of now."""
-
-BOUNDS_S: Final = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
-)
-"""Upper bounds by which durations are counted: a small model on a cable takes 2 ms, 400 MB over Wi-Fi
-half a minute."""
 
 Tell = Callable[[dict[str, Any]], None]
 """Puts one event into the training's queue; never waits."""
@@ -66,6 +62,10 @@ class RunSpec:
     codec: str = EXACT
     """of the exchanges that this node begins"""
     strategy: str = PAIR
+    keeps: bool = False
+    """it writes checkpoints: what the strategy keeps beside the replica goes to it with each offer"""
+    resumes: bool = False
+    """it brings that back from its checkpoint"""
     step: int = 0
     """steps that the training made before it attached: they are in `clock` already"""
     clock: float = 0.0
@@ -74,49 +74,6 @@ class RunSpec:
     @property
     def schema(self) -> str:
         return digest(self.entries)
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a run did since it attached. Lengths are in bytes, with headers, without TLS."""
-
-    completed: int = 0
-    answered: int = 0
-    resumed: int = 0
-    refused: int = 0
-    failed: int = 0
-    pulled: int = 0
-    non_finite: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-
-@dataclass(slots=True)
-class Durations:
-    """How long things took, in memory that does not grow: how many fell under each of BOUNDS_S."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
-    """the last: longer than all bounds"""
-    total_s: float = 0.0
-
-    def add(self, duration_s: float) -> None:
-        self.counts[bisect_left(BOUNDS_S, duration_s)] += 1
-        self.total_s += duration_s
-
-
-@dataclass(slots=True)
-class Totals:
-    """What a node did since it started, whatever became of its runs."""
-
-    ended: Counters = field(default_factory=Counters)
-    """of all runs that ended"""
-    exchanges: dict[Outcome, Durations] = field(
-        default_factory=lambda: {outcome: Durations() for outcome in Outcome}
-    )
-    """those that this node began"""
-
-    def run_ended(self, counters: Counters) -> None:
-        self.ended = Counters(*map(add, astuple(self.ended), astuple(counters)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +129,8 @@ class Run:
     """whose turn the hand-over buffers are: the node's, or the training's"""
     guard: Guard = field(default_factory=Guard)
     outer: OuterMomentum | None = None
+    kept: Floats | None = None
+    """shared with the training as the hand-over's buffers are: what `outer` keeps, (2, entries)"""
     pulled: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_RECENT))
     """`clip`: how far the last replicas were that this one saw"""
     turn: trio.Lock = field(default_factory=trio.Lock)
@@ -197,6 +156,10 @@ class Run:
     async def load(self) -> None:
         """w = the training's own first weights. Raises NotFinite."""
         await self._each_fragment(self.hand_over.begin)
+        if self.outer is not None:
+            await self._each_fragment(self.outer.begin)
+            if self.kept is not None and self.spec.resumes:
+                await self._each_fragment(partial(self.outer.resume, kept=self.kept))
 
     def take_up(self, donor: NodeId, *, resumes: bool, now: float) -> int:
         """Makes room for a pull; returns the fragment at which it begins: above 0 where it goes on
@@ -236,10 +199,12 @@ class Run:
 
     async def mix_clipped(self) -> float:
         """w goes a quarter of the way to what a pull has brought, or less: as far as if it were no
-        further away than the nearest of those seen lately. Returns its square distance.
+        further away than the nearest of those seen lately, and beyond four times that distance less
+        again, the further the less. Returns its square distance.
 
         Source: self-centred clipping, He, Karimireddy, Jaggi, "Byzantine-Robust Decentralized Learning
-        via ClippedGossip" (2022), the radius being the smallest recent distance.
+        via ClippedGossip" (2022), the radius being the smallest recent distance; beyond CLIP_FAR of it an
+        influence that descends (Hampel's estimators), or liars far away would pull for ever.
         """
         square = 0.0
 
@@ -251,7 +216,8 @@ class Run:
             await self._each_fragment(measure)
             self.pulled.append(square)
             if square and len(self.pulled) >= CLIP_PEERS:
-                part = (min(self.pulled) / square) ** 0.5 / (CLIP_PEERS + 1)
+                near = (min(self.pulled) / square) ** 0.5
+                part = near * min(1.0, CLIP_FAR * near) / (CLIP_PEERS + 1)
                 await self._each_fragment(
                     lambda index: self.replica.approach(index, self.taken, part)
                 )
@@ -272,8 +238,6 @@ class Run:
     async def begin(self, donor: str | None) -> None:
         """The replica holds its first weights: hand them to the training. Set `how` before."""
         assert self.how is not None
-        async with self.turn:
-            await self._begin_outer()
         await self._offer({"event": "begun", "how": self.how.value, "from": donor})
 
     async def post(self, *, step: int, loss: float | None, samples: int) -> None:
@@ -310,6 +274,8 @@ class Run:
             if not self.ours:
                 return
             await self._each_fragment(self.hand_over.offer)
+            if self.outer is not None and self.kept is not None:
+                await self._each_fragment(partial(self.outer.keep, kept=self.kept))
             if meets == self.meets:
                 self.ours = False
                 news = {"meets": meets, "peers": self.partners(), "clock": self.clock.steps}
@@ -371,6 +337,7 @@ def make_run(
     tell: Tell,
     partners: Callable[[], int],
     now: float,
+    kept: Floats | None = None,
 ) -> Run:
     """A run whose training has filled `posted` with its first weights: load() them next."""
     buffers = BufferPool(max(replica.body_bytes(0, codec) for codec in codecs.values()))
@@ -385,6 +352,7 @@ def make_run(
         buffers=buffers,
         partners=partners,
         outer=OuterMomentum(replica) if spec.strategy == OUTER else None,
+        kept=kept,
         step=spec.step,
         clock=MeshClock(spec.clock),
     )

@@ -53,6 +53,7 @@ class Session:
         self.link = link
         self.posted = memory.posted
         self.offered = memory.offered
+        self._kept = memory.kept
         self._memory = memory
         self._clock = clock
         self.holding = True
@@ -74,18 +75,23 @@ class Session:
         fill: Callable[[Floats], None],
         begin_s: float,
         clock: StepClock,
+        kept: Floats | None = None,
     ) -> tuple[Self, str]:
         """Attaches to the node behind `link`; waits at most begin_s for the run's first weights.
 
-        `fill` writes the training's own weights, `clock` is kept up to date. Returns the session, with the first weights in
+        `fill` writes the training's own weights, `clock` is kept up to date, `kept` is what a checkpoint
+        holds of the strategy's. Returns the session, with the first weights in
         `offered`, and how they came: alone, first, donor or again. Raises MeshError.
         """
         session: Self | None = None
         try:
             answer = link.request(LOCAL_S, op="attach", **request)
-            memory = HandOverMemory(link.descriptors.pop(), int(answer["entries"]))
+            entries, vectors = int(answer["entries"]), int(answer["vectors"])
+            memory = HandOverMemory(link.descriptors.pop(), entries, vectors)
             session = cls(link, memory, clock)
             fill(session.posted)
+            if kept is not None and kept.shape == memory.kept.shape:
+                memory.kept[:] = kept
             link.send(op="begin")
             return session, session._wait_for_begun(str(request["run"]), begin_s)
         except BaseException:
@@ -108,6 +114,24 @@ class Session:
                 case "refused":
                     raise UsageError(str(event.get("reason")))
         raise MeshError(f"no first weights for run {run!r} within {begin_s:g} s")
+
+    def strategy_state(self) -> Floats | None:
+        """What the strategy keeps, to go with the model as it is now: (vectors, entries).
+
+        None while the node holds the buffers, and where it keeps nothing.
+        """
+        if not self.holding or not len(self._kept):
+            return None
+        kept = self._kept.copy()
+        if self.fresh:
+            # The model lacks what the offer brings: the anchor goes back by as much.
+            kept[0] += self.posted - self.offered
+        return kept
+
+    @property
+    def keeps(self) -> bool:
+        """Whether checkpoints hold a state of the strategy's."""
+        return len(self._kept) > 0
 
     def take_events(self, timeout_s: float) -> bool:
         """Reads what the node said; waits at most timeout_s for an offer. True if one is in hand."""

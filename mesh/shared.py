@@ -21,27 +21,31 @@ if sys.platform == "linux":
 
 
 class HandOverMemory:
-    """Two float32 buffers of (entries,): `posted` and `offered`, one mapping, one descriptor."""
+    """Two float32 buffers of (entries,): `posted` and `offered`, one mapping, one descriptor.
 
-    def __init__(self, descriptor: int, entries: int) -> None:
+    Where a strategy keeps vectors of its own for checkpoints, these are `kept`, (vectors, entries).
+    """
+
+    def __init__(self, descriptor: int, entries: int, vectors: int = 0) -> None:
         """Maps memory that `create` made here or in the node process; takes over the descriptor.
 
-        Raises UsageError if the descriptor is smaller than two buffers of `entries`.
+        Raises UsageError if the descriptor is smaller than these buffers.
         """
         self.descriptor = descriptor
-        size = 8 * entries
+        size = 4 * entries * (2 + vectors)
         if os.fstat(descriptor).st_size < size:
             os.close(descriptor)
             raise UsageError("the shared memory is smaller than the model")
         self._map = mmap.mmap(descriptor, size)
         flat: Floats = np.frombuffer(self._map, dtype=np.float32)
         self.posted: Floats = flat[:entries]
-        self.offered: Floats = flat[entries:]
+        self.offered: Floats = flat[entries : 2 * entries]
+        self.kept: Floats = flat[2 * entries : (2 + vectors) * entries].reshape(vectors, entries)
 
     @classmethod
-    def create(cls, entries: int) -> "HandOverMemory":
-        """Fresh zeros for both buffers."""
-        size = 8 * entries
+    def create(cls, entries: int, vectors: int = 0) -> "HandOverMemory":
+        """Fresh zeros for all buffers; those that nobody writes to cost nothing."""
+        size = 4 * entries * (2 + vectors)
         if sys.platform == "linux":
             descriptor = os.memfd_create("mesh", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, size)
@@ -51,7 +55,7 @@ class HandOverMemory:
             descriptor, path = tempfile.mkstemp(prefix="mesh-")
             os.unlink(path)
             os.ftruncate(descriptor, size)
-        return cls(descriptor, entries)
+        return cls(descriptor, entries, vectors)
 
     def close(self) -> None:
         """Gives the descriptor back; the mapping goes with the last array that views it."""

@@ -1,10 +1,7 @@
 """join(): the torch side, in the training process.
 
-The training holds an offer (two shared buffers `posted` and `offered`) from "begun" or "offered" to
-its next "post"; the node holds them in between. A boundary, every H steps, reads:
-
-    x += offered - posted; posted = x        what the mesh learned since our last post comes in
-    post                                     what we learned goes out; the node merges and exchanges
+A step's trip: node.step() -> boundary.py: every H-th hands over what was learned, and one of those after
+it brings in what the exchange brought -> keeper.py: a checkpoint, if one is due.
 
 Rules: 1. step() never waits for the network; only `patience` and averaged() wait, bounded. 2. If the
 node dies, the training goes on alone and attaches again. 3. The model is changed in place, at step
@@ -26,11 +23,11 @@ import torch
 from mesh import batchnorm
 from mesh.attachment import ATTACH, Attachment, Statistics
 from mesh.autosave import Autosave
+from mesh.boundary import Boundaries, Progress
 from mesh.codec import EXACT, check_codec
 from mesh.core.strategies import PAIR, check_strategy, usual_every
-from mesh.errors import MeshError, NodeNotRunning, PeersMissing, UsageError
+from mesh.errors import NodeNotRunning, PeersMissing, UsageError
 from mesh.keeper import Keeper
-from mesh.session import LOCAL_S, Session
 from mesh.settings import NodeSettings
 from mesh.tensors import Tensors, check_optimizer
 from mesh.uninterrupted import uninterrupted
@@ -99,6 +96,7 @@ def join(
         "sync_timeout_s": float(sync_timeout),
         "pid": os.getpid(),
         "script": sys.argv[0] or "python",
+        "keeps": checkpoint is not None,
     }
     autosave = None if checkpoint is None else Autosave(checkpoint, run, checkpoint_every)
     try:
@@ -147,12 +145,13 @@ class JoinedNode:
         self._tensors = tensors
         self._attachment = attachment
         self._keeper = keeper
-        self._every = every
-        self._patience = patience
         self._closed = False
-        self._steps = keeper.resumed.step if keeper.resumed is not None else 0
-        self._samples = keeper.resumed.samples if keeper.resumed is not None else 0
-        self._loss: float | None = None
+        self._progress = Progress()
+        if keeper.resumed is not None:
+            self._progress = Progress(keeper.resumed.step, keeper.resumed.samples)
+        self._boundaries = Boundaries(
+            tensors, attachment, keeper, self._progress, every=every, patience=patience
+        )
         keeper.attached(attachment.session)
 
     # ------------------------------------------------------------------------------- interface
@@ -179,12 +178,12 @@ class JoinedNode:
         As of the last hand-over, plus this node's own steps since; so it may step back by a few where
         the others are slower. Alone it counts on from where it was.
         """
-        return max(0, int(self._attachment.clock.at(self._steps)))
+        return max(0, int(self._attachment.clock.at(self._progress.steps)))
 
     @property
     def steps(self) -> int:
         """Steps of this training, with those before it was resumed from a checkpoint."""
-        return self._steps
+        return self._progress.steps
 
     def step(self, *, loss: float | None = None, samples: int | None = None) -> None:
         """Call after each optimizer step. Every H-th call hands over; none waits for the network.
@@ -193,13 +192,14 @@ class JoinedNode:
         Raises UsageError if the node was closed or the model changed its layers.
         """
         self._check_open()
-        self._steps += 1
-        self._samples += int(samples or 0)
+        self._progress.steps += 1
+        self._progress.samples += int(samples or 0)
         if loss is not None:
-            self._loss = float(loss)
+            self._progress.loss = float(loss)
         self._attachment.stepped(loss)
-        self._average()
-        self._keeper.step(**self._figures())
+        self._boundaries.step()
+        if self._keeper.due(self._attachment.session):
+            self._keeper.step(**self._figures())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -208,16 +208,16 @@ class JoinedNode:
             with node.averaged():
                 evaluate(model)        # or save it
 
-        Waits for one exchange, at most 2 s; not at all where there is nobody to average with. What
-        was learned since the last hand-over is not in it. Do not train inside.
+        Waits for one exchange, at most 2 s; not at all where there is nobody to average with. Where
+        the exchange before is still under way, what was learned since then is not in it. Do not train
+        inside.
         """
         self._check_open()
         self._tensors.check()
         session = self._attachment.session
         with self._attachment.or_alone():
             if session is not None:
-                with uninterrupted():
-                    session.meet()
+                self._boundaries.meet(session)
                 session.wait_for_offer()
         session = (
             self._attachment.session
@@ -271,7 +271,9 @@ class JoinedNode:
 
     def statistics(self) -> Statistics:
         """Figures of this run now; those of the mesh are 0 while the node is gone."""
-        return self._attachment.statistics(self._steps, self.mesh_step, self._samples)
+        return self._attachment.statistics(
+            self._progress.steps, self.mesh_step, self._progress.samples
+        )
 
     def close(self) -> None:
         """Hands over the last progress, detaches, and stops the node if join() started it.
@@ -292,69 +294,13 @@ class JoinedNode:
     ) -> None:
         self._close(hand_over=kind is None)
 
-    # ------------------------------------------------------------------------------- hand-over
-
-    def _average(self) -> None:
-        place = self._steps % self._every
-        session = self._attachment.session
-        if session is None:
-            if place == 0:
-                self._tensors.check()
-                self._attachment.again(self._steps)
-            return
-        with self._attachment.or_alone():
-            if place == 0:
-                self._boundary(session)
-            elif place == self._every - 1 and not self._patience:
-                session.want()
-
-    def _boundary(self, session: Session) -> None:
-        self._tensors.check()
-        if not session.take_events(self._patience):
-            session.want()
-            return
-        self._every = session.every or self._every  # `mesh set every=`
-        self._post(session, waits=self._patience > 0)
-        if self._patience and session.take_events(self._patience):
-            # It arrived before any step was made since the post: it is the model.
-            with uninterrupted():
-                self._tensors.merge(session.posted, session.offered)
-                self._keeper.merged(session)
-                session.fresh = False
-
-    def _post(self, session: Session, *, waits: bool) -> None:
-        """Brings the offer in hand into the model, and the model's progress into `posted`."""
-        loss = self._loss
-        with uninterrupted():
-            if session.fresh:
-                self._tensors.merge(session.posted, session.offered)
-                self._keeper.merged(session)
-            else:
-                self._tensors.collect(session.posted)
-            session.post(
-                step=self._steps,
-                samples=self._samples,
-                loss=loss if loss is not None and math.isfinite(loss) else None,
-                waits=waits,
-                want=not waits and self._every == 1,
-            )
-
-    def _hand_over_last(self, session: Session) -> None:
-        """The last progress, and one exchange that carries it to a peer."""
-        self._tensors.check()
-        session.want()
-        if session.take_events(LOCAL_S):
-            self._post(session, waits=True)
-            session.wait_for_offer()
-
     def _close(self, *, hand_over: bool) -> None:
         if self._closed:
             return
         self._closed = True
         try:
-            if hand_over and self._attachment.session is not None:
-                with contextlib.suppress(MeshError):
-                    self._hand_over_last(self._attachment.session)
+            if hand_over:
+                self._boundaries.last()
         finally:
             try:
                 if hand_over:
@@ -365,13 +311,15 @@ class JoinedNode:
 
     def _figures(self) -> dict[str, Any]:
         """What a checkpoint says of this training."""
+        session = self._attachment.session
         return {
             "run": self.run,
-            "step": self._steps,
+            "step": self._progress.steps,
             "mesh_step": self.mesh_step,
-            "samples": self._samples,
+            "samples": self._progress.samples,
             "strategy": self._attachment.strategy,
             "exchanged": self._attachment.met,
+            "strategy_state": None if session is None else session.strategy_state(),
         }
 
     def _check_open(self) -> None:

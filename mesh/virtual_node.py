@@ -12,9 +12,10 @@ import numpy as np
 
 from mesh.codec import Codec, Floats
 from mesh.core.strategies import fragment_entries
+from mesh.counters import Counters
 from mesh.node import Node
 from mesh.replica import Replica, square_norm
-from mesh.runs import Counters, Run, RunSpec, Tell
+from mesh.runs import Run, RunSpec, Tell
 
 
 class FlippedReplica(Replica):
@@ -72,8 +73,15 @@ class LaboratoryNode(Node):
         super().__init__(**about)
         self.counters, self.lies = [], lies
 
-    async def attach(self, spec: RunSpec, posted: Floats, offered: Floats, tell: Tell) -> Run:
-        run = await super().attach(spec, posted, offered, tell)
+    async def attach(
+        self,
+        spec: RunSpec,
+        posted: Floats,
+        offered: Floats,
+        tell: Tell,
+        kept: Floats | None = None,
+    ) -> Run:
+        run = await super().attach(spec, posted, offered, tell, kept)
         self.counters.append(run.counters)
         return run
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import growing_meshes as ways
 from benchmarks import growth
 from benchmarks.figures import Figure, present, table
+from benchmarks.learning_rows import Climb
 from mesh.virtual_time import run_seeded
 
 
@@ -56,3 +57,25 @@ def test_a_goal_that_was_missed_is_said_and_ends_with_1(capsys):
     assert present("growth", [figure], flags) == 1
     assert json.loads(capsys.readouterr().out)["figures"][0]["kept"] is False
     assert "MISSED" in table([figure])
+
+
+@pytest.mark.parametrize(
+    ("losses", "asked", "chosen"),
+    [
+        (
+            [9, 8, 5, 3, 2, 4, 9],
+            [3, 4, 5],
+            3,
+        ),  # the rate above the best is worse than the one below
+        ([9, 8, 7, 6, 2, 5, 9], [3, 4, 5], 4),
+        ([9, 4, 2, 3, 8, 9, 9], [3, 4, 2, 1], 2),
+        ([9, 8, 7, 6, 5, 4, 3], [3, 4, 5, 6], 5),  # beyond the largest nothing is known
+        ([9, 8, 7, 6, float("inf"), 9, 9], [3, 4, 2], 2),
+    ],
+)
+def test_tuning_climbs_to_the_best_rate_whose_neighbour_above_is_still_good(losses, asked, chosen):
+    climb, tried = Climb(len(losses), begin_at=3), []
+    while (at := climb.asks()) is not None:
+        tried.append(at)
+        climb.losses[at] = losses[at]
+    assert (tried, climb.chosen) == (asked, chosen)

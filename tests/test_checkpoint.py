@@ -346,6 +346,8 @@ def other_tensors(**tensors):
 
 HEADER = b'{"model.weight":{"dtype":"F32","shape":[9999,9999],"data_offsets":[0,4]}}'
 GROUP = ("optimizer", "state", "dict", "param_groups", 0, "dict")
+MOMENTS = ("optimizer", "state", "dict", "state", "pairs", 0, 1, "dict")
+BIAS_MOMENT = "optimizer.state.1.exp_avg"
 BAD_FILES = {
     "no file": (lambda p: p.unlink(), "there is no checkpoint"),
     "an empty file": (lambda p: p.write_bytes(b""), "is no checkpoint"),
@@ -416,6 +418,26 @@ BAD_FILES = {
         "the optimizer's lr is None",
     ),
     "other parameters": (setting(*GROUP, "params", value=[0]), "grouped otherwise"),
+    "a moment of another layer": (
+        setting(*MOMENTS, "exp_avg", value={"tensor": BIAS_MOMENT}),
+        r"exp_avg of parameter 0 is \[2\]: it has the shape \[2, 2\]",
+    ),
+    "a moment that is a number": (
+        setting(*MOMENTS, "exp_avg_sq", value=0.5),
+        r"exp_avg_sq of parameter 0 is 0.5: it has the shape \[2, 2\]",
+    ),
+    "a moment that is missing": (
+        lambda p: changed(p, lambda a: drop(a, *MOMENTS, "exp_avg")),
+        "exp_avg of parameter 0 is missing",
+    ),
+    "many counts of steps": (
+        setting(*MOMENTS, "step", value={"tensor": BIAS_MOMENT}),
+        "step of parameter 0 holds 2 numbers",
+    ),
+    "a count of steps that is a text": (
+        setting(*MOMENTS, "step", value="first"),
+        "step of parameter 0 is first, no number",
+    ),
 }
 
 

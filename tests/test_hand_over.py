@@ -81,7 +81,7 @@ class Pair:
     def heard(self, event):
         self.to_training.append(event)
 
-    # the training's actions, as mesh/training.py and mesh/session.py do them
+    # the training's actions, as mesh/boundary.py and mesh/session.py do them
 
     def step(self, amount):
         with torch.no_grad():
@@ -107,8 +107,17 @@ class Pair:
         self.holding = self.fresh = False
         self.to_node.append("post")
 
+    def take_in(self):
+        """What the exchange brought is in the model before the next boundary."""
+        if self.fresh:
+            self.tensors.merge(self.posted, self.offered)
+            self.fresh = False
+
     def meet(self):
-        """averaged(): the offer goes back unused for a newer one."""
+        """averaged(): an offer that is not in the model goes back unused for a newer one."""
+        if self.holding and not self.fresh:
+            self.boundary()
+            return
         self.holding = self.fresh = False
         self.meets += 1
         self.to_node.append("meet")
@@ -182,7 +191,9 @@ ACTIONS = st.one_of(
     st.tuples(st.just("step"), AMOUNTS),
     st.tuples(st.just("exchange"), AMOUNTS, st.integers(0, FRAGMENTS - 1)),
     st.tuples(st.just("fragment"), st.integers(0, 1)),
-    st.tuples(st.sampled_from(["listen", "boundary", "meet", "serve", "serve", "effect"])),
+    st.tuples(
+        st.sampled_from(["listen", "take_in", "boundary", "meet", "serve", "serve", "effect"])
+    ),
 )
 
 

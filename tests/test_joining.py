@@ -504,3 +504,24 @@ def test_who_joins_at_step_5000_begins_where_the_mesh_is_and_its_loss_does_not_r
             assert group.rise(since, calm, noise) > 8
 
     run_seeded(main, 3)
+
+
+def test_a_training_resumed_from_a_checkpoint_gives_its_weights_to_one_that_came_less_far():
+    """Neither has met anybody, and the other's id is the lower one."""
+
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            resumed = Player(np.full(4, 7.0, dtype=np.float32))
+            resumed.steps, resumed.began = 500, "first"
+            await resumed.attach(mesh.nodes[2])
+            await until(lambda: mesh.nodes[2].own.runs)
+            (info,) = mesh.nodes[2].own.runs
+            assert info.progress == (500).bit_length(), "before it hands over for the first time"
+            fresh = Player(np.ones(4, dtype=np.float32))
+            fresh.steps, fresh.began = 3, "first"
+            await fresh.attach(mesh.nodes[1])
+            await met(fresh, resumed)
+            assert (fresh.weights == 7).all()
+            assert (resumed.weights == 7).all()
+
+    run_seeded(main, 5)

@@ -10,8 +10,8 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from mesh.core.events import Outcome
+from mesh.counters import BOUNDS_S, Counters, Durations, Totals
 from mesh.metrics import CONNECTIONS_LIMIT, HEAD_LIMIT_BYTES, Metrics
-from mesh.runs import BOUNDS_S, Counters, Durations, Totals
 from nodes.cli import main
 from tests.helpers import QUIET, Host, free_port, until
 from tests.mesh_in_memory import memory_mesh, run_seeded

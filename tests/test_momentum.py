@@ -12,7 +12,8 @@ SHAPES = ((3, 2), (4,))
 
 
 class Reference:
-    """One parameter: v = b m + g; x -= lr (g + b v); at a mixing m = mu m + (1 - mu)(a - x)/sum lr."""
+    """One parameter: v = b m + g; x -= lr (g + b v); at a mixing, k steps after the last,
+    m = mu^k m + (1 - mu^k)(a - x)/sum lr."""
 
     def __init__(self, x, *, momentum=0.9, mu=0.9, decay=0.0):
         self.x = x.detach().double().numpy().copy()
@@ -20,19 +21,22 @@ class Reference:
         self.a = self.x.copy()
         self.momentum, self.mu, self.decay = momentum, mu, decay
         self.lr_sum = 0.0
+        self.steps = 0
 
     def step(self, g, lr):
         g = g + self.decay * self.x
         v = self.momentum * self.m + g
         self.x = self.x - lr * (g + self.momentum * v)
         self.lr_sum += lr
+        self.steps += 1
 
     def mix(self, moved_by):
         self.x = self.x + moved_by
         if self.lr_sum > 0:
-            self.m = self.mu * self.m + (1 - self.mu) * (self.a - self.x) / self.lr_sum
+            kept = self.mu**self.steps
+            self.m = kept * self.m + (1 - kept) * (self.a - self.x) / self.lr_sum
         self.a = self.x.copy()
-        self.lr_sum = 0.0
+        self.lr_sum, self.steps = 0.0, 0
 
 
 def parameters(rng, dtype=torch.float64):

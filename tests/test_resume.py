@@ -5,13 +5,16 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import mesh
 from mesh import autosave
 from mesh.autosave import Autosave
 from mesh.checkpoint import snapshot
+from mesh.generations import read_generation, write_generation
 from mesh.keeper import Keeper
 from tests.helpers import REPOSITORY, until
 
@@ -122,11 +125,42 @@ def together(first, x, second, y):
     return torch.allclose(mesh_weights(first, x), mesh_weights(second, y), atol=1e-5)
 
 
+def test_what_outer_keeps_goes_into_the_checkpoint_and_back_to_the_node(places, tmp_path):
+    options = {"run": "toy", "strategy": "outer", "every": 2, "sync_timeout": 0.1}
+    kept = {**options, "settings": places[0], "checkpoint": tmp_path, "checkpoint_every": 0}
+    path = tmp_path / "toy.json"
+    x, ox = make(1)
+    with contextlib.suppress(Crash), mesh.join(x, ox, **kept) as node:
+        entries = node._tensors.entries
+        until(lambda: train(node, x, ox, 1) or path.exists(), "a checkpoint")
+        raise Crash
+    about, tensors = read_generation(path)
+    held = safetensors.torch.load(tensors)
+    assert held["strategy.momentum"].shape == held["strategy.anchor"].shape == (entries,)
+    held["strategy.momentum"] = torch.linspace(0.0, 1.0, entries)
+    write_generation(path, about, safetensors.torch.save(held))
+    with mesh.join(*make(2), **kept) as node:
+        state = node._attachment.session.strategy_state()
+        assert np.array_equal(state[1], held["strategy.momentum"])
+        assert np.array_equal(state[0], held["strategy.anchor"])
+    mesh.load(path, *make(3))
+    held["strategy.anchor"] = torch.ones(entries + 1)
+    held["strategy.momentum"] = torch.ones(entries + 1)
+    write_generation(path, about, safetensors.torch.save(held))
+    with pytest.raises(mesh.UsageError, match="anchor of strategy 'outer' has the shape"):
+        mesh.join(*make(4), **kept)
+    about["strategy"]["state"] = {"anchor": "model.0.weight"}
+    write_generation(path, about, safetensors.torch.save(held))
+    with pytest.raises(mesh.UsageError, match="is no state of strategy 'outer'"):
+        mesh.load(path, *make(5))
+
+
 # -------------------------------------------------------------------------------- without any node
 
 
 def write(keeper, step):
-    keeper.step(step=step, **FIGURES)
+    if keeper.due(None):
+        keeper.step(step=step, **FIGURES)
 
 
 def test_a_full_disk_is_told_once_and_the_next_checkpoint_is_tried(tmp_path, monkeypatch, caplog):

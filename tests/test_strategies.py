@@ -89,6 +89,26 @@ def test_an_exchange_of_a_random_pair_contracts_the_variance_as_in_theory(n):
     assert np.mean(factors) == pytest.approx(1 - 1 / (n - 1), rel=0.02)
 
 
+@pytest.mark.parametrize("n", [4, 8, 16, 32, 128])
+def test_a_round_of_disjoint_random_pairs_contracts_the_variance_as_in_theory(n):
+    """(n - 2) / (2 (n - 1)), by what a responder and an initiator do to their replicas in one exchange."""
+    rng, factors = np.random.default_rng(n), []
+    codec, reply, request = Float32(), *(memoryview(bytearray(4 * 64)) for _ in range(2))
+    nodes = [Replica(64) for _ in range(n)]
+    for _ in range(1000 // n + 20):
+        x = rng.standard_normal((n, 64)).astype(np.float32)
+        for node, values in zip(nodes, x, strict=True):
+            node.weights[:] = values
+        for i, j in rng.permutation(n).reshape(-1, 2):
+            nodes[i].write(0, request, codec)
+            nodes[j].answer(0, request, share(1.0, 1.0), reply, codec)
+            nodes[i].apply(0, reply, share(1.0, 1.0), codec)
+        after = np.stack([node.weights for node in nodes])
+        np.testing.assert_allclose(after.mean(axis=0), x.mean(axis=0), atol=1e-5)
+        factors.append(variance(after.astype(np.float64)) / variance(x.astype(np.float64)))
+    assert np.mean(factors) == pytest.approx((n - 2) / (2 * (n - 1)), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("n", "rounds"), [(4, 23), (8, 38), (16, 49), (32, 52), (64, 53), (128, 55)]
 )
@@ -348,6 +368,51 @@ def test_outer_nodes_learn_together_and_agree():
 
 
 # ------------------------------------------------------------------------------- guard and clip
+
+
+def learned_together(*, restarts):
+    """The weights of two nodes after six outer steps each; the first training may restart after three,
+    with what its checkpoint would hold."""
+
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            players = [
+                Player(np.full(4, float(k), dtype=np.float32), strategy="outer", keeps=True)
+                for k in range(2)
+            ]
+            for index, player in enumerate(players, 1):
+                await player.attach(mesh.nodes[index])
+            await until(lambda: all(p.begun and p.run.partners() for p in players))
+            for turn in range(6):
+                if restarts and turn == 3:
+                    players[0] = await restarted(players[0])
+                for player, toward in zip(players, (1.0, -2.0), strict=True):
+                    await newer_offer(player)
+                    await hand_over(player, 0.1 * (toward - player.offered), waits=True)
+                    await until(lambda p=player: not p.run.ours and p.run.current is None)
+            return np.stack([p.weights for p in players])
+
+    async def newer_offer(player):
+        """The other's exchange came after the offer in hand."""
+        player.run.take_back()
+        await player.run.offer()
+
+    async def restarted(old):
+        await newer_offer(old)
+        new = Player(old.offered.copy(), strategy="outer", keeps=True)
+        new.kept[:] = old.kept
+        new.resumes, new.began, new._met = True, "first", True
+        await old.node.detach(old.run)
+        await new.attach(old.node)
+        await until(lambda: new.begun and new.run.partners())
+        return new
+
+    return run_seeded(main, 3)
+
+
+def test_an_outer_training_that_resumes_goes_on_as_if_it_had_not_stopped():
+    whole = learned_together(restarts=False)
+    np.testing.assert_allclose(learned_together(restarts=True), whole, atol=1e-6)
 
 
 def test_the_guard_reaches_ten_times_the_usual_distance():

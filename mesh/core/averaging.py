@@ -86,6 +86,7 @@ class Averaging:
             now=now,
             sync_timeout_s=event.sync_timeout_s,
             rng=self._rng,
+            posts=event.posts,
         )
         self._schemas.attach(event.run, event.entries)
         effects = self._publish(self._infos())

@@ -100,6 +100,8 @@ class RunAttached:
     exchanged: bool
     strategy: str = "pair"
     weight: float = 1.0
+    posts: int = 0
+    """hand-overs that it made before, as its steps tell: a checkpoint's count"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,6 +92,7 @@ class Schedule:
         now: float,
         sync_timeout_s: float,
         rng: Random,
+        posts: int = 0,
     ) -> None:
         self._me = me
         self._rng = rng
@@ -107,11 +108,11 @@ class Schedule:
         self._failed_pulls = 0
         self._asked: set[NodeId] = set()
         """for first weights; whoever brought something, and was lost, is taken off again"""
-        self._posts = 0
+        self._posts = posts
         self._not_yet = 0
         self._plan = plan_of(info.strategy, me, rng)
         self._deadline = now
-        self.info = info
+        self.info = self._with_progress(info)
         self.unfinished: set[NodeId] = set()
 
     @property
@@ -124,8 +125,11 @@ class Schedule:
         self._waiting = waits
         self._deadline = now
         self._posts += 1
-        if not self.info.exchanged:
-            self.info = replace(self.info, progress=self._posts.bit_length())
+        self.info = self._with_progress(self.info)
+
+    def _with_progress(self, info: RunInfo) -> RunInfo:
+        """Only a replica that met nobody says how far it came: rule 4."""
+        return info if info.exchanged else replace(info, progress=self._posts.bit_length())
 
     def poke(self, now: float) -> None:
         """Something about the peers changed: decide again."""

@@ -32,6 +32,11 @@ OUTER_EVERY = 50
 """Steps between hand-overs where the training says nothing; NoLoCo's inner steps for `outer`."""
 
 
+KEPT_VECTORS = {OUTER: ("anchor", "momentum")}
+"""What a strategy keeps beside the replica and cannot find anew after a restart, by its names in a
+checkpoint; each as long as the model."""
+
+
 def check_strategy(name: str, weight: float = 1.0) -> str:
     """The name, if there is such a strategy and it takes this weight. Raises UsageError."""
     if name not in STRATEGIES:
