@@ -62,5 +62,7 @@ class Inbox(Generic[Item]):
     @property
     def waiting(self) -> int:
         """Items that wait, those of senders that wait for room included."""
-        state = self._take._state  # statistics() makes an object of it: too much to ask at each turn
+        state = (
+            self._take._state
+        )  # statistics() makes an object of it: too much to ask at each turn
         return len(state.data) + len(state.send_tasks)
