@@ -72,6 +72,11 @@ class Alarm:
         return trio.lowlevel.Abort.SUCCEEDED
 
 
+async def sleep(seconds: float) -> None:
+    """trio.sleep() at the price of an alarm."""
+    await Alarm().wait(trio.current_time() + seconds)
+
+
 class JumpClock(trio.abc.Clock):
     """A clock that jumps, to the next deadline or alarm. trio's MockClock does the same with an extra
     turn of the loop for each jump and a look at the real clock for each question."""

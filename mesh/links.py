@@ -9,7 +9,7 @@ full outbox drops and counts, push/pull repairs it later. 2. One task writes a s
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, cast, get_args
+from typing import Final, get_args
 
 import trio
 
@@ -57,7 +57,7 @@ are one packet, one system call, one waking of the other side."""
 AT_ONCE: Final = 8
 """Messages that came together and are handed on before others have their turn."""
 
-CONTROL_MESSAGES: Final = get_args(ControlMessage)
+CONTROL_MESSAGES: Final = frozenset(get_args(ControlMessage))
 
 STAGGER_S: Final = 0.1
 """Between dials of one contact's addresses: the first that leads to a peer wins."""
@@ -163,7 +163,8 @@ async def dial(
 
     async def attempt(address: Address, delay_s: float, scope: trio.CancelScope) -> None:
         nonlocal winner, proofs
-        await trio.sleep(delay_s)
+        if delay_s:
+            await trio.sleep(delay_s)
         try:
             stream = await transport.connect(address)
         except MeshError as error:
@@ -313,7 +314,7 @@ class Links:
         try:
             while True:
                 message, _ = await reader.message(timeout_s=SILENT_S)
-                if not isinstance(message, CONTROL_MESSAGES):
+                if type(message) not in CONTROL_MESSAGES:
                     raise RemoteProtocolError(f"{type(message).__name__} on a control connection")
                 if isinstance(message, Refusal):
                     link.told = True
@@ -321,7 +322,7 @@ class Links:
                 received = ev.Received(
                     node=link.stream.peer,
                     connection=number,
-                    message=cast("ControlMessage", message),
+                    message=message,  # type: ignore[arg-type]  # one of them
                 )
                 await self._emit(received)
                 # Where nothing is left, reading on waits, and others have their turn.

@@ -18,6 +18,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from mesh.alarm import sleep
 from mesh.codec import Floats
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
@@ -78,7 +79,7 @@ async def _remember(node: SimulatedNode, memory: Memory) -> None:
     """As mesh/process.py does: where peers are, for a start without mDNS."""
     written: list[Address] = []
     while True:
-        await trio.sleep(REMEMBER_S)
+        await sleep(REMEMBER_S)
         found = node.living_addresses(PEERS_KEPT)
         with contextlib.suppress(MeshError):
             memory.catch_up()
@@ -294,19 +295,19 @@ class SimulatedMesh:
             await self.network.awake(machine.id)
             node = machine.node
             if node is None or node.id != machine.id:
-                await trio.sleep(0.1)
+                await sleep(0.1)
             elif player.node is not node:
                 if training.wanted and node.listening.is_set():
                     training.pending[:] = 0
                     await player.attach(node)
-                await trio.sleep(rng.uniform(0.01, 0.2))
+                await sleep(rng.uniform(0.01, 0.2))
             elif player.begun is None:
-                await trio.sleep(0.05)
+                await sleep(0.05)
             elif not training.wanted:
                 await self._detach(machine, player)
             else:
                 await self._boundary(machine, training)
-                await trio.sleep(training.period_s * rng.uniform(0.5, 1.5))
+                await sleep(training.period_s * rng.uniform(0.5, 1.5))
 
     async def _boundary(self, machine: Machine, training: Training) -> None:
         player, run, node = training.player, training.player.run, training.player.node

@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from mesh.alarm import sleep
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
 from mesh.errors import ConnectionRefused, StreamLost
@@ -35,8 +36,9 @@ after 1, 2, 4, 8.. seconds, up to an hour."""
 
 HEARD: Final = 40
 HEARD_AGAIN: Final = 4
-"""How many candidates a newcomer swaps itself with (enough to know that the mesh is large), and how
-many whoever asks again, where there are more: at 1000 nodes multicast queries and answers crowd each other out, and a browser hears a part."""
+"""Where there are more: how many candidates a newcomer hears of (enough to know that the mesh is large), and
+how many whoever asks again; as many hear of who asks. At 1000 nodes multicast queries and answers crowd each
+other out, and a browser hears a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +202,7 @@ class SimulatedTransport:
         await trio.lowlevel.checkpoint()
         for pause_s in SYN_PAUSES_S:
             if self._arrives(address):
-                await trio.sleep(network.delay() + network.delay())
+                await sleep(network.delay() + network.delay())
                 await process.awake()
                 return self._connected(address)
             await trio.sleep(pause_s)
@@ -284,10 +286,13 @@ class SimulatedDiscovery:
     def _swap(self, own: Candidate, found: Callable[[Candidate], None], heard: int) -> None:
         network = self._network
         others = list(network.seekers.values())
-        if len(others) > HEARD:
+        listeners = len(others)
+        if listeners > HEARD:
             others = network.rng.sample(others, heard)
-        for other in others:
+            listeners = HEARD_AGAIN
+        for rank, other in enumerate(others):
             if other.process.stalled or not network.reachable(self._node, other.process.node):
                 continue
-            other.found(own)
+            if rank < listeners:
+                other.found(own)
             found(other.own)

@@ -90,7 +90,8 @@ class SimulatedStream:
     ) -> None:
         self._medium.enter(self._process)
         view = memoryview(head + bytes(data))
-        await self._process.awake()
+        if self._process.stalled:
+            await self._process.awake()
         self._check()
         while len(view):
             if self._held >= BUFFER_BYTES:
@@ -109,7 +110,8 @@ class SimulatedStream:
         pieces = self._other._sent
         read_by = trio.current_time() + timeout_s
         while True:
-            await self._process.awake()
+            if self._process.stalled:
+                await self._process.awake()
             if self._closed or self._process.gone:
                 raise StreamLost("connection closed")
             now, over_at = trio.current_time(), inf if self._clear else self._over_at
