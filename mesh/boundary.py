@@ -93,7 +93,8 @@ class Boundaries:
         At the next boundary it would be H steps old: replicas would train on from where they had been
         before they were averaged, and lie further apart.
         """
-        session.take_events(0.0)
+        with uninterrupted():  # an offer that was read and not taken note of would be lost
+            session.take_events(0.0)
         if session.fresh:
             self._tensors.check()
             with uninterrupted():
@@ -129,5 +130,5 @@ class Boundaries:
 
     def _merge(self, session: Session) -> None:
         self._tensors.merge(session.posted, session.offered)
-        self._keeper.merged(session)
+        self._keeper.merged(session, self._progress.steps)
         session.fresh = False

@@ -9,7 +9,7 @@ numbers nothing waits. 3. No body is read before its length is what our own mode
 import trio
 
 from mesh import wire
-from mesh.core.exchange import Initiation, answer_arrived, share
+from mesh.core.exchange import Initiation, moved, share
 from mesh.core.guard import too_long
 from mesh.core.messages import (
     Delta,
@@ -177,7 +177,7 @@ class Conversation:
             record.square_distance += replica.apply(
                 message.index, body, step, self._codec, self._check_length
             )
-            answer_arrived(self._run.initiated, message.index, step)
+            moved(self._run.initiated, message.index, step)
         self._room.set()
 
     def _check_length(self, square: float) -> None:

@@ -34,24 +34,26 @@ class Keeper:
         self._autosave = autosave
         self._anchored: Session | None = None
         """the session that the momentum has been counting in since its last anchor"""
+        self._mixed_at = 0
+        """the step after which the mesh last changed the model"""
         self.resumed = autosave.resume(model, optimizer) if autosave is not None else None
 
-    def attached(self, session: Session | None) -> None:
-        """The model holds its first weights, or those of the checkpoint."""
+    def attached(self, session: Session | None, step: int) -> None:
+        """After this step the model holds its first weights, or those of the checkpoint."""
         if self.resumed is None and isinstance(self._optimizer, QuasiGlobalSGD):
             self._optimizer.anchor()
-            self._anchored = session
+            self._anchored, self._mixed_at = session, step
         if self.resumed is not None:  # the node has it now; it is as long as two models
             self.resumed = replace(self.resumed, strategy_state={})
 
-    def merged(self, session: Session) -> None:
-        """An offer of this session has just been brought into the model."""
+    def merged(self, session: Session, step: int) -> None:
+        """An offer of this session has just been brought into the model, after this step."""
         if isinstance(self._optimizer, QuasiGlobalSGD):
             if self._anchored is session:
-                self._optimizer.mixed()
+                self._optimizer.mixed(steps=step - self._mixed_at)
             else:
                 self._optimizer.anchor()
-            self._anchored = session
+            self._anchored, self._mixed_at = session, step
 
     def due(self, session: Session | None) -> bool:
         """Whether a checkpoint is to be written after this step.

@@ -5,12 +5,13 @@ Quasi-global momentum m is read off how the averaged model moves. At each step, 
 
     v = momentum m + g;  x -= lr (g + momentum v)              m stands still between mixings
 
-and when the mesh has changed x, k steps after the last such change, which left the weights at `a`:
+and when the mesh has changed x, which the last such change left at `a`:
 
-    m = mu^k m + (1 - mu^k) (a - x) / (sum of lr since then);  a = x
+    m = mu m + (1 - mu) (a - x) / (sum of lr since then);  a = x
 
-Lin et al. mix at every step (k = 1). With mu itself at k = 8 momentum would remember eight times as many
-steps: it was still growing when training ended, and the weights grew with it (docs/momentum.md). Rules: 1. Nothing here knows a mesh: JoinedNode says mixed() after it brought an offer into the model.
+Lin et al. mix at every step. Where k steps lie between two mixings mu is taken to the power of k, or momentum
+would remember k times as many steps (docs/momentum.md). Rules: 1. Nothing here knows a mesh: JoinedNode says
+mixed(steps=k) after it brought an offer into the model.
 2. State is float32 where a parameter is float16 or bfloat16: (a - x) is a few of their steps.
 """
 
@@ -31,11 +32,11 @@ class QuasiGlobalSGD(torch.optim.Optimizer):
 
     lr: learning rate; schedulers may change it, each step counts with its own.
     momentum: how much of m every step takes.
-    mu: how much of m is kept, for each step since the last mixing.
+    mu: how much of m is kept at a mixing, for each of its steps.
     weight_decay: adds weight_decay * x to each gradient.
 
     Without a mesh m stays 0, and a step is x -= lr (1 + momentum) g. State of each parameter: two
-    tensors of its size, `m` and `a`; groups keep `lr_sum` and `steps`, the sum of lr and the steps since the last mixing.
+    tensors of its size, `m` and `a`; groups keep `lr_sum`, the sum of lr since the last mixing.
     """
 
     def __init__(
@@ -59,7 +60,6 @@ class QuasiGlobalSGD(torch.optim.Optimizer):
             "mu": mu,
             "weight_decay": weight_decay,
             "lr_sum": 0.0,
-            "steps": 0,
         }
         super().__init__(params, defaults)
 
@@ -76,18 +76,19 @@ class QuasiGlobalSGD(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step(parameter, group, lr)
             group["lr_sum"] += lr
-            group["steps"] += 1
         return loss
 
     @torch.no_grad()
-    def mixed(self) -> None:
+    def mixed(self, steps: int = 1) -> None:
         """The mesh has just changed x: what it moved since the last mixing goes into the momentum.
 
+        steps: how many were made since then, of which each keeps mu of m; 1: mu for the mixing, as in
+        the paper, however many they were.
         Where every lr since then was 0 there is nothing to divide by, and m stays as it is.
         """
         for group in self.param_groups:
             if group["lr_sum"] > 0:
-                kept = group["mu"] ** group["steps"]
+                kept = group["mu"] ** max(1, steps)
                 for parameter in group["params"]:
                     state = self.state.get(parameter)
                     if state:
@@ -99,7 +100,7 @@ class QuasiGlobalSGD(torch.optim.Optimizer):
     def anchor(self) -> None:
         """a = x: the weights came from elsewhere (a donor, a checkpoint), and m learns nothing of it."""
         for group in self.param_groups:
-            group["lr_sum"], group["steps"] = 0.0, 0
+            group["lr_sum"] = 0.0
             for parameter in group["params"]:
                 if parameter.requires_grad:
                     self._state(parameter)["a"].copy_(parameter)

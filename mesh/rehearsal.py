@@ -20,7 +20,10 @@ from mesh.errors import UsageError
 SIZES: Final = (2, 3, 5, 7)
 """Of a stand-in's dimensions, over and over: above 1, and never alike in two that lie side by side."""
 
-CANNOT: Final = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+CANNOT: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 """What an optimizer raises that cannot be rehearsed."""
 
 Entries = dict[str, Any]

@@ -13,7 +13,7 @@ import trio
 
 from mesh.bench import BenchAnswerer
 from mesh.core import events as ev
-from mesh.core.exchange import answer_beside, share
+from mesh.core.exchange import answer_beside, moved, share
 from mesh.core.for_people import BenchBlock
 from mesh.core.guard import room
 from mesh.core.messages import (
@@ -261,5 +261,6 @@ class Responder:
             run.buffers.give(reply)
             run.counters.non_finite += 1
             raise
+        moved(run.initiated, message.index, part * step)
         run.responses.applied(peer, opening.exchange, message.index, KeptReply(reply, part), square)
         return reply, part

@@ -60,6 +60,8 @@ class Session:
         """the buffers are ours: from an offer to the next post"""
         self.fresh = False
         """the offer in hand is not in the model yet"""
+        self.shown = False
+        """within averaged(): the model holds the offer for a while"""
         self.peers = 0
         """peers that the run could be averaged with at the last offer"""
         self.every: int | None = None
@@ -123,7 +125,7 @@ class Session:
         if not self.holding or not len(self._kept):
             return None
         kept = self._kept.copy()
-        if self.fresh:
+        if self.fresh and not self.shown:
             # The model lacks what the offer brings: the anchor goes back by as much.
             kept[0] += self.posted - self.offered
         return kept
@@ -171,6 +173,7 @@ class Session:
         """Gives an offer in hand back unused, and asks for one after the next exchange."""
         self.holding = self.fresh = False
         self._meets += 1
+        self._wanted = False  # what answers it is void: it may have to be asked for again
         self.link.send(op="meet")
 
     def post(self, *, step: int, want: bool, **figures: Any) -> None:

@@ -152,7 +152,7 @@ class JoinedNode:
         self._boundaries = Boundaries(
             tensors, attachment, keeper, self._progress, every=every, patience=patience
         )
-        keeper.attached(attachment.session)
+        keeper.attached(attachment.session, self._progress.steps)
 
     # ------------------------------------------------------------------------------- interface
 
@@ -226,10 +226,13 @@ class JoinedNode:
         try:
             if session is not None:
                 self._tensors.load(session.offered)
+                session.shown = True
             yield
         finally:
             with uninterrupted():
                 self._tensors.restore(kept)
+                if session is not None:
+                    session.shown = False
 
     def refresh_batchnorm(self, loader: Iterable[Any], batches: int = 100) -> None:
         """Running statistics of BatchNorm anew, from this node's data and the weights as they are.

@@ -32,7 +32,7 @@ class CpuMeter:
         self._clock = clock
         self._own = os.getpid()
         self._looked_at = clock()
-        self._seconds: dict[int, float] = self._look() or {}
+        self._seconds = self._look()
         self._share: float | None = None
 
     def share(self) -> float | None:
@@ -40,13 +40,11 @@ class CpuMeter:
         now = self._clock()
         if now - self._looked_at >= LOOK_S:
             seconds = self._look()
-            if seconds is None:
-                self._share = None
-            else:
-                known = self._seconds.keys() & seconds.keys()
-                used_s = sum(seconds[pid] - self._seconds[pid] for pid in known)
+            self._share = None
+            if seconds is not None and (before := self._seconds) is not None:
+                used_s = sum(seconds[pid] - before[pid] for pid in before.keys() & seconds.keys())
                 self._share = max(0.0, used_s) / (now - self._looked_at)
-            self._looked_at, self._seconds = now, seconds or {}
+            self._looked_at, self._seconds = now, seconds
         return self._share
 
     def _look(self) -> dict[int, float] | None:

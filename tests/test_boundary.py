@@ -49,7 +49,7 @@ def test_what_an_exchange_brought_is_in_the_model_as_soon_as_it_is_there(late, a
     torch.nn.init.zeros_(model.weight)
     tensors, progress, merged = Tensors(model), Progress(), []
     node = Node(tensors.fill, late, other=100.0)
-    keeper = SimpleNamespace(merged=lambda session: merged.append(progress.steps))
+    keeper = SimpleNamespace(merged=lambda session, step: merged.append(step))
     attachment = SimpleNamespace(session=node, or_alone=lambda: torch.no_grad())
     boundaries = Boundaries(tensors, attachment, keeper, progress, every=EVERY, patience=0.0)
     seen = []

@@ -346,12 +346,13 @@ def test_however_many_answers_beside_a_request_of_ones_own_keep_a_replica_inside
         step = share(asker, own)
         part = part_beside(late, kept, step)
         assert part == 0 or LEAST_PART <= part <= 0.5
-        kept *= 1 - part * step
+        kept -= part * step
     assert kept - late > -1e-9, "what is left of x, once the late answer is applied"
 
 
 def test_two_nodes_of_equal_weight_that_ask_each_other_meet():
     assert part_beside(0.5, 1.0, 0.5) == 0.5
+    assert part_beside(0.5, 1.0, 0.0) == 0.5, "of an asker that weighs nothing"
     x, y = 3.0, 7.0
     assert x - 0.5 * 0.5 * (x - y) - 0.5 * 0.5 * (x - y) == 5.0
 

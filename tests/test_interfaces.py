@@ -101,6 +101,9 @@ def test_what_is_no_lan_is_used_only_where_nothing_else_has_an_address():
     assert in_use([docker, unplugged, lo, vpn]) == [vpn]
     assert in_use([docker, unplugged, lo]) == [docker]
     assert in_use([unplugged, lo]) == []
+    alone = of("eth0", "lan", "169.254.7.1/16")  # no DHCP: a cable to another, or nothing behind it
+    assert in_use([docker, alone, lo, vpn]) == [alone, vpn]
+    assert in_use([alone, lo]) == [alone]
 
 
 def adapter(name, *addresses):

@@ -13,7 +13,7 @@ SHAPES = ((3, 2), (4,))
 
 class Reference:
     """One parameter: v = b m + g; x -= lr (g + b v); at a mixing, k steps after the last,
-    m = mu^k m + (1 - mu^k)(a - x)/sum lr."""
+    m = mu^k m + (1 - mu^k)(a - x)/sum lr, or where steps are not counted, with k = 1."""
 
     def __init__(self, x, *, momentum=0.9, mu=0.9, decay=0.0):
         self.x = x.detach().double().numpy().copy()
@@ -30,10 +30,10 @@ class Reference:
         self.lr_sum += lr
         self.steps += 1
 
-    def mix(self, moved_by):
+    def mix(self, moved_by, *, counts):
         self.x = self.x + moved_by
         if self.lr_sum > 0:
-            kept = self.mu**self.steps
+            kept = self.mu ** (self.steps if counts else 1)
             self.m = kept * self.m + (1 - kept) * (self.a - self.x) / self.lr_sum
         self.a = self.x.copy()
         self.lr_sum, self.steps = 0.0, 0
@@ -52,7 +52,8 @@ def step(optimizer, values, rng):
     return [p.grad.double().numpy() for p in values]
 
 
-def test_every_step_and_mixing_is_what_the_equations_say():
+@pytest.mark.parametrize("counts", [False, True])
+def test_every_step_and_mixing_is_what_the_equations_say(counts):
     """Two groups of different settings, rates that change at every step, mixings of uneven spacing,
     one after steps at rate 0 only, and two in a row."""
     rng = np.random.default_rng(1)
@@ -76,8 +77,9 @@ def test_every_step_and_mixing_is_what_the_equations_say():
                 moved_by = 0.01 * rng.normal(size=parameter.shape)
                 with torch.no_grad():
                     parameter += torch.tensor(moved_by)
-                reference.mix(moved_by)
-            optimizer.mixed()
+                made = reference.steps
+                reference.mix(moved_by, counts=counts)
+            optimizer.mixed(*([made] if counts else []))
             if k == 6:
                 optimizer.mixed()
         for parameter, reference in zip(values, references, strict=True):
@@ -120,7 +122,7 @@ def test_parameters_of_low_precision_are_rounded_once_a_step_and_keep_a_float32_
         if k % 2:
             optimizer.mixed()
             for parameter, reference in zip(values, references, strict=True):
-                reference.mix(0.0)
+                reference.mix(0.0, counts=False)
                 np.testing.assert_allclose(
                     optimizer.state[parameter]["m"], reference.m, rtol=1e-5, atol=1e-6
                 )

@@ -1,6 +1,7 @@
 """join(checkpoint=): a training that crashed goes on where it was, and averages with a mesh that went on."""
 
 import contextlib
+import itertools
 import logging
 import subprocess
 import sys
@@ -238,7 +239,8 @@ def test_a_merge_after_an_absence_says_nothing_of_momentum():
     model, optimizer = make(1)
     keeper = Keeper(model, optimizer, None)
     first, again = object(), object()
-    keeper.attached(first)
+    keeper.attached(first, 0)
+    made = itertools.count(1)
     weight = model[0].weight
 
     def momentum_after(session, moved_by):
@@ -247,7 +249,7 @@ def test_a_merge_after_an_absence_says_nothing_of_momentum():
         before = optimizer.state[weight]["m"].clone()
         with torch.no_grad():
             weight.add_(moved_by)
-        keeper.merged(session)
+        keeper.merged(session, next(made))
         return float((optimizer.state[weight]["m"] - before).abs().max())
 
     assert 0 < momentum_after(first, 0.01) < 1

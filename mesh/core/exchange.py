@@ -57,9 +57,12 @@ def part_beside(late: float, kept: float, step: float) -> float:
     to be left then; `kept` is left now, and an answer takes half of what may go. With equal weights the
     first takes half its step: two nodes that ask each other meet, and do not swap.
     """
-    if kept - late <= 2 * kept * step * LEAST_PART:
+    spare = (kept - late) / 2
+    if spare >= step / 2:
+        return 0.5
+    if spare <= step * LEAST_PART:
         return 0.0
-    _, exponent = frexp(min(0.5, (kept - late) / (2 * kept * step)))
+    _, exponent = frexp(spare / step)
     return 2.0 ** (exponent - 1)  # rounded down: what is halved in float32 stays exact
 
 
@@ -141,21 +144,23 @@ class Initiation:
 
 
 def answer_beside(asked: Iterable[Initiation], index: int, step: float, own: float) -> float:
-    """How much of `step` a responder of weight `own` takes in answering a fragment. Call it once for each:
-    what it takes is less for others to come. `asked`: its own exchanges, broken ones as well, whose
-    answers may wait for it."""
-    flying = [record for record in asked if index in record.in_doubt]
-    if not flying:
-        return 1.0
-    late = sum(share(record.weight, own) for record in flying)
-    part = part_beside(late, min(record.kept_of(index) for record in flying), step)
-    for record in flying:
-        record.kept[index] = record.kept_of(index) * (1 - part * step)
-    return part
+    """How much of `step` a responder of weight `own` takes in answering a fragment. `asked`: its own
+    exchanges, broken ones as well, whose answers may wait for it.
+
+    Those may wait for ever: of a broken one it only counts that it is there, or a peer that vanished would
+    leave nothing to take, and nobody would move any more.
+    """
+    doubtful = [record for record in asked if index in record.in_doubt]
+    flying = [record for record in doubtful if index < record.sent]
+    parts = [part_beside(share(record.weight, own), 1.0, step) for record in doubtful]
+    if flying:
+        late = sum(share(record.weight, own) for record in flying)
+        parts.append(part_beside(late, min(record.kept_of(index) for record in flying), step))
+    return min(parts, default=1.0)
 
 
-def answer_arrived(asked: Iterable[Initiation], index: int, step: float) -> None:
-    """The answer to one of them went `step` of the way: less is left for the others' answers."""
+def moved(asked: Iterable[Initiation], index: int, step: float) -> None:
+    """The replica went `step` of the way from what it asked with: less is left for answers to come."""
     for record in asked:
         if index in record.in_doubt:
             record.kept[index] = record.kept_of(index) - step

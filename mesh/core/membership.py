@@ -176,8 +176,6 @@ class Membership:
         """Of every row that others are told."""
         if not self._ended_at:
             return tuple(self._versions.values())
-        if not self._ended_at:
-            return tuple(self._versions.values())
         return tuple(v for node, v in self._versions.items() if self._is_told(node, now))
 
     def compare(self, theirs: Iterable[int], now: float) -> tuple[list[Member], tuple[int, ...]]:

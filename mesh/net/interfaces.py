@@ -112,12 +112,15 @@ def interface_names() -> list[str]:
 
 
 def in_use(here: Iterable[Interface]) -> list[Interface]:
-    """Those that a node uses if it is told none: of the best kind that has an address."""
-    with_address = [one for one in here if one.addresses]
+    """Those that a node uses if it is told none: of the best kind that has an
+    address, and of the next where all of those are link-local."""
+    chosen: list[Interface] = []
     for kind in PREFERRED:
-        if chosen := [one for one in with_address if one.kind == kind]:
-            return chosen
-    return []
+        chosen += [one for one in here if one.addresses and one.kind == kind]
+        # A card that gave itself an address (169.254) may be a cable to another, or lead nowhere.
+        if not all(ipaddress.ip_address(a).is_link_local for one in chosen for a in one.addresses):
+            break
+    return chosen
 
 
 def all_interfaces(kernel: Kernel | None = None) -> tuple[Interface, ...]:
