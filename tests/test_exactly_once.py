@@ -154,7 +154,7 @@ def test_a_peer_that_vanishes_in_the_middle_of_exchanges_does_not_keep_the_other
             mesh.network.vanish(node_id(4))
             mesh.crash(4)
             players.pop()
-            await train(60)
+            await train(25)
             left = sum(bool(p.run.unfinished) for p in players)
             await train(10, progress=9.0)
             return left, max(float(np.ptp([p.weights[0] for p in players])), 0.0)

