@@ -12,7 +12,7 @@ has two names, once.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -215,8 +215,10 @@ def load_generation(
     """As load(), from the JSON at `path`."""
     about, data = read_generation(path, disk)
     try:
+        info = _info(about)
         tensors = safetensors.torch.load(data)
-        info = _info(about, tensors)
+        names = about["strategy"].get("state")
+        info = replace(info, strategy_state=_strategy_state(info.strategy, names, tensors))
         entries = _fitting_entries(about["model"], tensors, model)
         state = None if optimizer is None else _fitting_state(about, tensors, optimizer)
         if optimizer is not None and state is not None:
@@ -231,7 +233,7 @@ def load_generation(
     return info
 
 
-def _info(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CheckpointInfo:
+def _info(about: dict[str, Any]) -> CheckpointInfo:
     if about.get("format") != FORMAT:
         raise UsageError(
             f"its format is {str(about.get('format'))[:40]!r}, this version reads {FORMAT!r}: "
@@ -253,7 +255,6 @@ def _info(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint
                 strategy=strategy,
                 exchanged=exchanged,
                 optimizer=None if optimizer is None else optimizer["class"],
-                strategy_state=_strategy_state(strategy, about["strategy"].get("state"), tensors),
             )
     raise ValueError("run, strategy or optimizer is missing")
 

@@ -2,7 +2,8 @@
 
 An item's trip: send() or send_nowait() -> trio's memory channel -> receive(until). Rules: 1. Whoever
 brings more than fits waits itself. 2. A send() that need not wait lets no other task run: who sends
-again and again gives others their turn itself. 3. At most AT_ONCE items in a row are received before others run.
+again and again gives others their turn itself. 3. At most AT_ONCE items in a row are received before
+others run.
 """
 
 from typing import Final, Generic, TypeVar
@@ -62,7 +63,5 @@ class Inbox(Generic[Item]):
     @property
     def waiting(self) -> int:
         """Items that wait, those of senders that wait for room included."""
-        state = (
-            self._take._state
-        )  # statistics() makes an object of it: too much to ask at each turn
+        state = self._take._state  # statistics() makes an object: too much at each turn
         return len(state.data) + len(state.send_tasks)

@@ -186,8 +186,6 @@ class Membership:
     def rows_of(self, versions: Iterable[int], now: float) -> list[Member]:
         """The rows of these versions, as far as they are still what this table says."""
         found = (self._by_version.get(version) for version in sorted(versions))
-        if not self._ended_at:
-            return [self._row(node) for node in found if node is not None]
         return [self._row(node) for node in found if node is not None and self._is_told(node, now)]
 
     def _row(self, node: NodeId) -> Member:

@@ -1,8 +1,8 @@
 """How the runs do on other nodes: figures for people, handed on beside the probes.
 
 Rules: 1. They decide nothing; a wrong one misleads nobody but a reader. 2. A probe and its answer
-carry REPORTS_LIMIT of them at most, in turn; among more than CROWD members fewer, and the answer only: what it costs does not grow with the
-number of nodes, and in a mesh of sixty they are about ten seconds old. (To tell what was told least often, as SWIM picks
+carry REPORTS_LIMIT of them at most, in turn; among more than CROWD members fewer, and the answer only:
+what it costs does not grow with the number of nodes, and in a mesh of sixty they are about ten seconds old. (To tell what was told least often, as SWIM picks
 its news, starves some where each second brings more news than fits.) 3. Only what the table knows is kept: a living member, and a run that its row names.
 A report's trip: Posted -> publish() -> a Ping or an Ack comes -> news() -> Reports -> the peer's heard() -> of().
 """
