@@ -1,9 +1,11 @@
-"""Options of the whole test suite, and where the data is that the project does not carry."""
+"""Options of the whole test suite, where the data is that it does not carry, and one command run in it."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+from nodes.cli import main
 
 
 def pytest_addoption(parser):
@@ -28,3 +30,14 @@ def names_data(pytestconfig):
     if len(list(folder.glob("*.txt"))) < 2:
         pytest.fail(f"--names-data {folder} holds no files of names, one a language")
     return folder
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs one command in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        code = main([*map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run

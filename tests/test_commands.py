@@ -21,7 +21,7 @@ from jsonschema import Draft202012Validator
 
 import mesh
 from nodes import watch
-from nodes.cli import COMMANDS, main
+from nodes.cli import COMMANDS
 from tests.helpers import DEADLINE_S, REPOSITORY, Host, NumpyTraining, until
 from tests.schemas import SCHEMAS, fits
 from tests.terminal import Terminal
@@ -61,18 +61,13 @@ def trainings():
 
 
 @pytest.fixture
-def shell(trainings, monkeypatch, capsys):
-    """Runs one command in this process; returns (exit code, standard output, standard error)."""
+def shell(trainings, monkeypatch, command):
+    """Runs a command as a user of this node; see conftest's `command`."""
     for key in ("HOME", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(key, trainings.host.environment[key])
     monkeypatch.setenv("MESH_STATE", str(trainings.nodes[0].state))
     monkeypatch.chdir(trainings.host.root)
-
-    def run(*arguments):
-        code = main([*map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+    return command
 
 
 # -------------------------------------------------------------------------------------- answers

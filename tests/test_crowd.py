@@ -11,7 +11,6 @@ import sys
 
 import pytest
 
-from nodes.cli import main
 from tests.helpers import Host
 from tests.schemas import fits
 from tests.terminal import Terminal
@@ -51,16 +50,11 @@ def asked():
 
 
 @pytest.fixture
-def shell(asked, monkeypatch, capsys):
-    """Runs one command in this process; returns (exit code, standard output, standard error)."""
+def shell(asked, monkeypatch, command):
+    """Runs a command as a user of this node; see conftest's `command`."""
     for key in ("HOME", "XDG_RUNTIME_DIR", "MESH_STATE"):
         monkeypatch.setenv(key, asked.environment[key])
-
-    def run(*arguments):
-        code = main([*map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+    return command
 
 
 def processor_s(act):
