@@ -11,6 +11,7 @@ from typing import Final
 
 import trio
 
+from mesh import wire
 from mesh.bench import BenchAnswerer
 from mesh.core import events as ev
 from mesh.core.exchange import answer_beside, moved, share
@@ -94,6 +95,7 @@ class Responder:
     async def _answer(self, stream: Stream, reader: FrameReader) -> None:
         opened: tuple[Run, OpenExchange] | None = None
         refused: int | None = None
+        welcome = b""
         while True:
             message, length = await reader.message(timeout_s=IDLE_S, bodies=True)
             match message:
@@ -103,14 +105,18 @@ class Responder:
                     refused = None if run else message.exchange
                     if run and message.pull and message.weight > 0:  # an observer's is 0
                         await self._emit(ev.WeightsServed(run=run.name))
-                    await send_frame(stream, reply)
+                    # Where the first fragment is here already, one packet goes back for both.
+                    welcome = wire.encode(reply) if run and reader.unread else b""
+                    if not welcome:
+                        await send_frame(stream, reply)
                 case Fragment() if message.exchange == refused:
                     # Sent before our refusal arrived.
                     await reader.drop_body(length, timeout_s=STALL_S)
                 case Fragment() if opened and message.exchange == opened[1].exchange:
                     if self._runs.get(opened[0].name) is not opened[0]:
                         raise StreamLost("the run ended here")
-                    await self._answer_fragment(stream, reader, *opened, message, length)
+                    await self._answer_fragment(stream, reader, *opened, message, length, welcome)
+                    welcome = b""
                 case BenchBlock() if opened is None:
                     await self._bench.answer(stream, reader, message, length)
                     return
@@ -207,6 +213,7 @@ class Responder:
         opening: OpenExchange,
         message: Fragment,
         length: int,
+        welcome: bytes,
     ) -> None:
         index = message.index
         if index >= run.replica.fragments:
@@ -229,9 +236,8 @@ class Responder:
                 reply = kept[:length]
                 if opening.turn and run.responses.whole(stream.peer, opening.exchange):
                     await self._emit(ev.ExchangeAnswered(run=run.name, turn=opening.turn))
-            sent = await send_frame(
-                stream, Delta(exchange=opening.exchange, index=index, part=part), reply
-            )
+            delta = Delta(exchange=opening.exchange, index=index, part=part)
+            sent = await send_frame(stream, delta, reply, before=welcome)
         finally:
             run.buffers.give(scratch)
         run.counters.bytes_sent += sent

@@ -11,6 +11,7 @@ from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.detector import (
     ERRANDS_LIMIT,
+    GREETED_S,
     HELPER_TIMEOUT_S,
     HELPERS,
     PROBE_INTERVAL_S,
@@ -87,7 +88,7 @@ def test_a_suspicion_shrinks_with_every_confirmation_from_twice_its_time():
     suspicion = suspicion_of(row(A, state=State.SUSPECT, accusers=(B,)), 8, 0.0)
     lengths = []
     for accusers in range(1, 7):
-        suspicion.accusers = accusers
+        suspicion.confirmed(accusers, now=0.0)
         lengths.append(suspicion.deadline)
     expected = [2 - math.log(min(c, 4)) / math.log(4) for c in range(1, 7)]
     assert lengths == pytest.approx([SUSPICION_S * each for each in expected])
@@ -95,6 +96,16 @@ def test_a_suspicion_shrinks_with_every_confirmation_from_twice_its_time():
 
 def test_of_two_nodes_nobody_can_confirm_so_nobody_is_waited_for():
     assert suspicion_of(row(A, state=State.SUSPECT, accusers=(ME,)), 2, 0.0).deadline == SUSPICION_S
+
+
+def test_an_answer_owed_for_a_greeting_may_take_longer_as_its_giver_may_greet_many():
+    detector = watching(B, C)
+    detector.connected(A, 0.0, 0, dialled=True)
+    found = run_until(detector, 10.0, answering=(B, C))
+    accused_at = next(
+        at for at, finding in found if isinstance(finding, Silent) and finding.node == A
+    )
+    assert accused_at == pytest.approx(GREETED_S + PROBE_INTERVAL_S)
 
 
 # ---------------------------------------------------------------------------------------- health

@@ -32,6 +32,10 @@ PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 0.5
 """SWIM's period, and when helpers are asked; memberlist's LAN defaults."""
 
+GREETED_S = 2.0
+"""So much longer an answer may take that is owed for a greeting: who was greeted lives, and may have many
+to greet. Thirty nodes that began on one machine had suspected each other eighty times."""
+
 HELPERS = 3
 """Of three random helpers one has a good path, even where a third of all packets is lost."""
 
@@ -110,7 +114,7 @@ class Detector:
                 findings += self._report(sequence, Verdict.REACHED)
             else:
                 del self._probes[sequence]
-        return findings + (self._probe(node, now, table) if dialled else [])
+        return findings + (self._probe(node, now, table, GREETED_S) if dialled else [])
 
     def disconnected(self, node: NodeId) -> None:
         """The connection ended; whether the node did is still to be found out."""
@@ -238,7 +242,7 @@ class Detector:
         if suspicion is None or suspicion.incarnation != row.incarnation:
             self._suspicions[row.node] = suspicion_of(row, living, since)
         elif suspicion.accusers != len(row.accusers):
-            suspicion.accusers, suspicion.confirmed_at = len(row.accusers), now
+            suspicion.confirmed(len(row.accusers), now)
         watch = self._watches.get(row.node)
         if watch is None or now - watch.heard_at < PROBE_TIMEOUT_S:
             return []
@@ -254,12 +258,11 @@ class Detector:
     # ------------------------------------------------------------------------------- deadlines
 
     def next_deadline(self) -> float:
-        deadline = self._probe_at
+        times = [self._probe_at]
+        times += [suspicion.deadline for suspicion in self._suspicions.values()]
         for probe in self._probes.values():
-            deadline = min(deadline, probe.ask_at, probe.fail_at)
-        for suspicion in self._suspicions.values():
-            deadline = min(deadline, suspicion.deadline)
-        return deadline
+            times += (probe.ask_at, probe.fail_at)
+        return min(times)
 
     def on_deadline(self, now: float, table: int) -> list[Finding]:
         """Everything that is due. `table`: fingerprint of this node's table, for the probes."""
@@ -320,18 +323,21 @@ class Detector:
         waiting = [(w.waits_since, n) for n, w in self._watches.items() if n not in probed]
         return min(waiting)[1] if waiting else None
 
-    def _probe(self, node: NodeId, now: float, table: int) -> list[Finding]:
+    def _probe(
+        self, node: NodeId, now: float, table: int, patience_s: float = 0.0
+    ) -> list[Finding]:
         if any(probe.asker is None for _, probe in self._probes_of(node)):
             return []
         self._sequence += 1
         connected = self._watches[node].connected
         timeout_s = PROBE_TIMEOUT_S * self.health.multiplier if connected else 0.0
+        from_s = now + patience_s
         self._probes[self._sequence] = _Probe(
             node=node,
             sent_at=now,
-            due_at=now + timeout_s,
-            ask_at=now + timeout_s,
-            fail_at=now + PROBE_INTERVAL_S * self.health.multiplier,
+            due_at=from_s + timeout_s,
+            ask_at=from_s + timeout_s,
+            fail_at=from_s + PROBE_INTERVAL_S * self.health.multiplier,
         )
         if not connected:
             return []

@@ -5,7 +5,7 @@ one that CONFIRMATIONS others share; in between it shrinks with the logarithm of
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh.core.messages import Member
 
@@ -27,16 +27,28 @@ class Suspicion:
     """confirmations after which it lasts no longer than base_s"""
     base_s: float
     confirmed_at: float = -math.inf
+    _lasts_s: float = field(init=False)
+    """kept: the deadline is asked for at every turn of the loop"""
+
+    def __post_init__(self) -> None:
+        self._lasts_s = self._length_s()
+
+    def confirmed(self, accusers: int, now: float) -> None:
+        """So many find the same."""
+        self.accusers, self.confirmed_at = accusers, now
+        self._lasts_s = self._length_s()
 
     @property
     def deadline(self) -> float:
         """Never before the last confirmation: a deadline that a message moves into the past would
         look as if this node's loop had been late (health.py)."""
+        return max(self.since + self._lasts_s, self.confirmed_at)
+
+    def _length_s(self) -> float:
         if self.wanted <= 0:
-            return self.since + self.base_s
+            return self.base_s
         accusers = max(1, min(self.accusers, self.wanted + 1))
-        confirmed = math.log(accusers) / math.log(self.wanted + 1)
-        return max(self.since + self.base_s * (2 - confirmed), self.confirmed_at)
+        return self.base_s * (2 - math.log(accusers) / math.log(self.wanted + 1))
 
 
 def suspicion_of(row: Member, living: int, since: float) -> Suspicion:
