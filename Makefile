@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/mesh demo
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 faults: .venv/ready
 	$(BIN)/python -m tests.lan.faults $(FAULTS)

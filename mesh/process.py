@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from random import SystemRandom
 from typing import Final
 
@@ -84,9 +85,7 @@ async def _main(
         allow_control=settings.allow_control,
     )
     control = Control(node, answers)
-    path = settings.state / "control.sock"
-    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
-        path = private_directory(host_directory()) / f"{identity.node[:16]}.sock"
+    path = _socket_path(settings, identity)
 
     async def obey_signals() -> None:
         nonlocal code
@@ -158,6 +157,15 @@ async def _first_of(*events: trio.Event) -> None:
     async with trio.open_nursery() as nursery:
         for event in events:
             nursery.start_soon(wait, event, nursery.cancel_scope)
+
+
+def _socket_path(settings: NodeSettings, identity: Identity) -> Path:
+    """In the state directory; where that lies too deep, among this user's nodes, or below /tmp."""
+    path = settings.state / "control.sock"
+    for directory in (host_directory(), Path(f"/tmp/gossipmesh-{os.getuid()}")):
+        if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+            path = private_directory(directory) / f"{identity.node[:16]}.sock"
+    return path
 
 
 def _make_node(

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -102,7 +102,13 @@ def screen() -> Iterator[Callable[[list[Line]], None]]:
     """Yields draw(lines), which fills the terminal; it is given back as it was."""
     console = Console(highlight=False)
     with Live(console=console, screen=True, auto_refresh=False) as shown:
-        yield lambda lines: shown.update(_drawn(lines), refresh=True)
+
+        def draw(lines: list[Line]) -> None:
+            # Some shells export COLUMNS and LINES, which rich believes even after a resize.
+            console.size = ConsoleDimensions(*os.get_terminal_size(console.file.fileno()))
+            shown.update(_drawn(lines), refresh=True)
+
+        yield draw
 
 
 def svg(lines: list[Line], width: int, title: str) -> str:

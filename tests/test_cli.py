@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mesh
+from mesh.client import node_of_state
 from mesh.core.messages import PROTOCOL
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
@@ -430,6 +431,24 @@ def test_a_script_that_was_killed_is_reported_as_such(host):
     completed = host.mesh("run", "--state", "a", *QUIET, path)
     assert completed.returncode == 128 + signal.SIGKILL
     assert "killed by signal 9" in host.mesh("status", "--state", "a").stdout
+
+
+def test_where_all_directories_lie_too_deep_for_a_socket_a_node_answers_nevertheless(
+    host, monkeypatch
+):
+    """A local socket's path has room for a hundred bytes; a cluster's scratch directories have not."""
+    deep = host.root / ("a" * 60) / ("b" * 60)
+    deep.mkdir(parents=True)
+    deep.chmod(0o700)  # a runtime directory that others can read is none
+    host.environment["XDG_RUNTIME_DIR"] = str(deep)
+    monkeypatch.setattr(host, "root", deep)
+    host.member("a")
+    node = host.up("a")
+    assert host.mesh("status", "--state", "a").returncode == 0
+    control = Path(node_of_state(host.state("a")).control)
+    assert control.parent.stat().st_mode & 0o777 == 0o700, "nobody else's"
+    node.stop()
+    assert not control.exists()
 
 
 def test_a_script_that_does_not_exist_makes_nothing(host):

@@ -45,7 +45,8 @@ def hundred(tmp_path):
 
 
 def test_a_hundred_nodes_are_sorted_scrolled_resized_and_left_behind_as_if_nothing_was(hundred):
-    with Terminal("top", "--state", hundred.state, "-w", "0.1") as terminal:
+    exported = {"COLUMNS": "80", "LINES": "24"}  # as some shells do; the terminal knows better
+    with Terminal("top", "--state", hundred.state, "-w", "0.1", **exported) as terminal:
         lines = terminal.shows("1-20 of 100")
         assert lines[0].startswith("mesh lab42xyz  100 nodes: 99 alive, 1 dead")
         assert lines[1] == "health ok"
