@@ -93,6 +93,8 @@ class Boundaries:
         At the next boundary it would be H steps old: replicas would train on from where they had been
         before they were averaged, and lie further apart.
         """
+        if not session.fresh and not session.hears():
+            return
         with uninterrupted():  # an offer that was read and not taken note of would be lost
             session.take_events(0.0)
         if session.fresh:

@@ -9,6 +9,7 @@ mesh (`of`) -> request() -> the answer as the asked node gave it.
 
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -45,6 +46,8 @@ class LocalSocket:
         """Raises NodeNotRunning if nobody listens at the path `control`."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._buffer = b""
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
         self.descriptors: list[int] = []
         """descriptors that came with the lines read so far"""
         try:
@@ -67,6 +70,10 @@ class LocalSocket:
             self._socket.sendall(json.dumps(fields).encode() + b"\n")
         except OSError:
             raise NodeNotRunning("the node ended") from None
+
+    def waits(self) -> bool:
+        """Whether receive(0) has something to say: an object, or that the node is gone."""
+        return bool(self._buffer) or bool(self._readable.poll(0))
 
     def receive(self, timeout_s: float | None = ANSWER_S) -> dict[str, Any] | None:
         """The next object; None if none came in time (0: only what is there already).

@@ -31,6 +31,7 @@ from mesh.errors import MeshError, UsageError
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
 from mesh.shared import HandOverMemory
+from mesh.turn import Turn
 
 LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
 """The schema of 65,536 tensors is about 8 MB."""
@@ -68,21 +69,25 @@ class Control:
         }
         """what only programs of this machine say; all else is answers.py's"""
 
-    async def serve(self, listener: trio.socket.SocketType) -> None:
+    async def serve(self, listener: socket.socket) -> None:
         """Accepts connections until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
+                await trio.lowlevel.wait_readable(listener)
                 try:
-                    connection, _ = await listener.accept()
+                    connection, _ = listener.accept()
+                except BlockingIOError:
+                    continue
                 except OSError:
                     await trio.sleep(0.1)  # out of descriptors: those in use will end
                     continue
                 if self._connections >= CONNECTIONS_LIMIT or not _is_own_user(connection):
                     connection.close()
                     continue
+                connection.setblocking(False)
                 nursery.start_soon(self._serve_one, connection)
 
-    async def _serve_one(self, connection: trio.socket.SocketType) -> None:
+    async def _serve_one(self, connection: socket.socket) -> None:
         self._connections += 1
         lines = _Lines(connection)
         try:
@@ -94,10 +99,12 @@ class Control:
                     await self._pull(lines, request)
                     return
                 await lines.send(await self._answer(lines, request))
+                await trio.lowlevel.checkpoint()  # whoever asks and asks lets others run
         except OSError:
             pass  # whoever asked went away
         finally:
             self._connections -= 1
+            trio.lowlevel.notify_closing(connection)
             connection.close()
 
     async def _answer(self, lines: "_Lines", request: Request) -> dict[str, Any] | str:
@@ -247,19 +254,24 @@ class Control:
 
 
 class _Lines:
-    """JSON objects, one a line, over a local connection."""
+    """JSON objects, one a line, over a local connection, which is tried first and waited for only where
+    it has to be: trio's own sockets give the loop a turn for each word."""
 
-    def __init__(self, connection: trio.socket.SocketType) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = bytearray()
-        self._sending = trio.Lock()
+        self._sending = Turn()
 
     async def receive(self) -> Request | None:
         """The next object; None at the end, or after anything that is not one."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
-            data = await self._connection.recv(65536)
+            try:
+                data = self._connection.recv(65536)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._connection)
+                continue
             if not data or searched > LINE_LIMIT_BYTES:
                 return None
             self._buffer += data
@@ -276,16 +288,19 @@ class _Lines:
         text = answer if isinstance(answer, str) else json.dumps(answer, allow_nan=False)
         data = memoryview(text.encode() + b"\n")
         async with self._sending:
-            if descriptor is not None:
-                rights = struct.pack("i", descriptor)
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-                sent = await self._connection.sendmsg([data], ancillary)
-                data = data[sent:]
             while data:
-                data = data[await self._connection.send(data) :]
+                try:
+                    if descriptor is None:
+                        sent = self._connection.send(data)
+                    else:
+                        sent = socket.send_fds(self._connection, [data], [descriptor])
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._connection)
+                    continue
+                data, descriptor = data[sent:], None
 
 
-def listen(path: Path) -> trio.socket.SocketType:
+def listen(path: Path) -> socket.socket:
     """A listening local socket that only this user can open; a dead process's is replaced."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -295,10 +310,11 @@ def listen(path: Path) -> trio.socket.SocketType:
     finally:
         os.umask(before)
     listener.listen(CONNECTIONS_LIMIT)
-    return trio.socket.from_stdlib_socket(listener)
+    listener.setblocking(False)
+    return listener
 
 
-def _is_own_user(connection: trio.socket.SocketType) -> bool:
+def _is_own_user(connection: socket.socket) -> bool:
     if sys.platform != "linux":
         return True  # the directory's 0700 is what protects it there
     size = struct.calcsize("3i")

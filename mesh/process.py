@@ -36,6 +36,9 @@ SOCKET_PATH_LIMIT: Final = 100
 REMEMBER_S: Final = 5.0
 """How often changed addresses of peers are written down for the next start."""
 
+PROCESSORS: Final = os.cpu_count() or 1
+"""Asked once: it reads a file, and each hand-over says how busy the machine is."""
+
 LEAVE_S: Final = 3.0
 LINGER_POLL_S: Final = 0.1
 
@@ -216,7 +219,7 @@ def _make_node(
 def _load() -> float | None:
     """Of this machine's processors, in the last minute."""
     try:
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
+        return os.getloadavg()[0] / PROCESSORS
     except OSError:
         return None
 

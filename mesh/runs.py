@@ -28,6 +28,7 @@ from mesh.counters import Counters
 from mesh.errors import LocalProtocolError
 from mesh.outer import OuterMomentum
 from mesh.replica import HandOver, Replica
+from mesh.turn import Turn
 
 CLIP_RECENT: Final = 2 * CLIP_PEERS
 """Distances whose smallest is the radius of `clip`: those of two rounds."""
@@ -133,7 +134,7 @@ class Run:
     """shared with the training as the hand-over's buffers are: what `outer` keeps, (2, entries)"""
     pulled: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_RECENT))
     """`clip`: how far the last replicas were that this one saw"""
-    turn: trio.Lock = field(default_factory=trio.Lock)
+    turn: Turn = field(default_factory=Turn)
     """held by whoever goes through all fragments"""
     meets: int = 0
     every: int | None = None

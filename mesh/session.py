@@ -135,6 +135,10 @@ class Session:
         """Whether checkpoints hold a state of the strategy's."""
         return len(self._kept) > 0
 
+    def hears(self) -> bool:
+        """Whether take_events() would find something now: asked at each step, it costs a microsecond."""
+        return not self.holding and self.link.waits()
+
     def take_events(self, timeout_s: float) -> bool:
         """Reads what the node said; waits at most timeout_s for an offer. True if one is in hand."""
         deadline = self.link.now() + timeout_s

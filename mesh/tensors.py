@@ -7,6 +7,7 @@ for progress. 4. BatchNorm's variances lie in flat buffers as second moments (ba
 plain averages of them are right.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -128,14 +129,12 @@ class Tensors:
     @torch.no_grad()
     def merge(self, posted: Floats, offered: Floats) -> None:
         """x += offered - posted; posted = x."""
+        length = PIECE_ENTRIES * torch.get_num_threads()
         for (tensor, last), (_, offer) in zip(
             self._pairs(posted), self._pairs(offered), strict=True
         ):
             if tensor.dtype in WIDE and tensor.is_cpu and tensor.is_contiguous():
-                # Three passes in pieces that stay in the caches: a third less time than one by one.
-                length = PIECE_ENTRIES * torch.get_num_threads()
-                parts = (torch.split(flat.view(-1), length) for flat in (tensor, last, offer))
-                for now, before, given in zip(*parts, strict=True):
+                for now, before, given in _pieces(tensor, last, offer, length):
                     torch.sub(given, before, out=before)
                     now.add_(before)
                     before.copy_(now)
@@ -170,12 +169,9 @@ class Tensors:
 
     def _parts(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
         flat = torch.from_numpy(buffer)
-        parts, start = [], 0
-        for tensor in self._tensors.values():
-            end = start + tensor.numel()
-            parts.append((tensor, flat[start:end].view(tensor.shape)))
-            start = end
-        return parts
+        parts = torch.split(flat, [tensor.numel() for tensor in self._tensors.values()])
+        tensors = self._tensors.values()
+        return [(t, part.view(t.shape)) for t, part in zip(tensors, parts, strict=True)]
 
     def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(tensor, its part) of everything that lies in the buffer as it is."""
@@ -190,6 +186,16 @@ class Tensors:
             return []
         parts = {id(tensor): part for tensor, part in self._parts(buffer)}
         return [(la, parts[id(la.mean)], parts[id(la.variance)]) for la in self._statistics]
+
+
+def _pieces(
+    tensor: torch.Tensor, last: torch.Tensor, offer: torch.Tensor, length: int
+) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Three passes in pieces that stay in the caches take a third less time than one by one."""
+    if tensor.numel() <= length:
+        return [(tensor, last, offer)]
+    parts = (torch.split(flat.view(-1), length) for flat in (tensor, last, offer))
+    return zip(*parts, strict=True)
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -83,6 +83,9 @@ class VirtualLink(LocalSocket):
             raise NodeNotRunning("the node ended")
         self._lines.requests.append(fields)
 
+    def waits(self) -> bool:
+        return bool(self._lines.events) or self._lines.ended
+
     def receive(self, timeout_s: float | None = ANSWER_S) -> dict[str, Any] | None:
         lines = self._lines
         if not lines.events and not lines.ended and timeout_s:

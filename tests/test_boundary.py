@@ -24,6 +24,9 @@ class Node:
         self.holding, self.fresh, self.every = True, False, None
         self.polls, self.posts = 0, []
 
+    def hears(self):
+        return not self.holding
+
     def take_events(self, timeout_s):
         assert timeout_s == 0, "a step waits for nothing"
         self.polls += not self.holding
