@@ -99,7 +99,6 @@ class Control:
                     await self._pull(lines, request)
                     return
                 await lines.send(await self._answer(lines, request))
-                await trio.lowlevel.checkpoint()  # whoever asks and asks lets others run
         except OSError:
             pass  # whoever asked went away
         finally:
@@ -264,17 +263,20 @@ class _Lines:
 
     async def receive(self) -> Request | None:
         """The next object; None at the end, or after anything that is not one."""
-        searched = 0
+        searched, waited = 0, False
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             try:
                 data = self._connection.recv(65536)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._connection)
+                waited = True
                 continue
             if not data or searched > LINE_LIMIT_BYTES:
                 return None
             self._buffer += data
+        if not waited:  # whoever talks without a pause lets others have their turn
+            await trio.lowlevel.checkpoint()
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:

@@ -437,6 +437,10 @@ class Wire:
         header_bytes, body_bytes = wire.parse_prefix(self._exactly(wire.PREFIX_BYTES))
         return wire.decode(self._exactly(header_bytes)), self._exactly(body_bytes)
 
+    def hear_record(self):
+        """The next record of a bulk connection, whatever frames it holds."""
+        return self._connection.recv(1 << 20)
+
     def hear_until_closed(self):
         """Every message up to the end of the connection, which has to come."""
         messages = []

@@ -747,6 +747,31 @@ def test_a_fragment_sent_twice_is_applied_once(bad, port, training):
     connection.close()
 
 
+def test_an_opening_that_came_with_its_fragment_is_answered_together_with_it(bad, port, training):
+    """One record, so one packet: its other end wakes once. Where the fragment comes later the opening is
+    answered at once, as whoever opens may wait for that."""
+    together, apart = [], []
+    for heard in (together, apart):
+        with bad.greeted(port, Purpose.BULK) as connection:
+            opening = bad.opening(training)
+            fragment = Fragment(exchange=opening.exchange, index=0, received=0)
+            body = whole(training)
+            frames = wire.encode(opening), wire.encode(fragment, len(body))
+            if heard is together:
+                connection.push(b"".join(frames))
+            else:
+                connection.push(frames[0])
+                heard.append(connection.hear_record())
+                connection.push(frames[1])
+            connection.push(body)
+            heard.append(connection.hear_record())
+    assert isinstance(wire.decode(apart[0][wire.PREFIX_BYTES :]), ExchangeOpened)
+    assert isinstance(wire.decode(apart[1][wire.PREFIX_BYTES :]), Delta)
+    assert isinstance(wire.decode(together[0][wire.PREFIX_BYTES : len(apart[0])]), ExchangeOpened)
+    assert len(together[0]) == len(apart[0]) + len(apart[1])
+    assert unchanged(bad, port, training)
+
+
 def test_a_member_that_stops_half_way_through_a_fragment_harms_nobody(bad, port, training):
     connection = bad.greeted(port, Purpose.BULK)
     exchange = opened(connection, bad, training)
