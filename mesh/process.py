@@ -163,12 +163,25 @@ async def _first_of(*events: trio.Event) -> None:
 
 
 def _socket_path(settings: NodeSettings, identity: Identity) -> Path:
-    """In the state directory; where that lies too deep, among this user's nodes, or below /tmp."""
+    """In the state directory; where that lies too deep, among this user's nodes, or below /tmp.
+
+    Raises UsageError where none of them will do.
+    """
     path = settings.state / "control.sock"
+    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+        return path
     for directory in (host_directory(), Path(f"/tmp/gossipmesh-{os.getuid()}")):
-        if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
-            path = private_directory(directory) / f"{identity.node[:16]}.sock"
-    return path
+        path = directory / f"{identity.node[:16]}.sock"
+        if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+            with contextlib.suppress(MeshError):
+                private_directory(directory)
+                if (
+                    not directory.is_symlink()
+                ):  # another user's, below /tmp: it may lead elsewhere later
+                    return path
+    raise UsageError(
+        f"{settings.state} lies too deep for the node's local socket; choose a shorter --state"
+    )
 
 
 def _make_node(

@@ -33,7 +33,7 @@ from mesh.core.messages import (
 from mesh.core.schedule import Relation, relation
 from mesh.core.schema import page_of
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
-from mesh.frames import STALL_S, FrameReader, send_frame
+from mesh.frames import SEND_S, STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
 from mesh.runs import KeptReply, Run
 
@@ -98,6 +98,9 @@ class Responder:
         welcome = b""
         while True:
             message, length = await reader.message(timeout_s=IDLE_S, bodies=True)
+            if welcome and not isinstance(message, Fragment):
+                await stream.send_all(welcome, SEND_S)
+                welcome = b""
             match message:
                 case OpenExchange() if not length:
                     run, reply = self._open(stream.peer, message)

@@ -105,7 +105,9 @@ def screen() -> Iterator[Callable[[list[Line]], None]]:
 
         def draw(lines: list[Line]) -> None:
             # Some shells export COLUMNS and LINES, which rich believes even after a resize.
-            console.size = ConsoleDimensions(*os.get_terminal_size(console.file.fileno()))
+            columns, rows = os.get_terminal_size(console.file.fileno())
+            if columns and rows:  # a serial line says neither
+                console.size = ConsoleDimensions(columns, rows)
             shown.update(_drawn(lines), refresh=True)
 
         yield draw

@@ -772,6 +772,17 @@ def test_an_opening_that_came_with_its_fragment_is_answered_together_with_it(bad
     assert unchanged(bad, port, training)
 
 
+def test_an_opening_with_something_else_behind_it_is_answered_first(bad, port, training):
+    """Of a program that is not ours: nothing that was held back may be lost or overtaken."""
+    with bad.greeted(port, Purpose.BULK) as connection:
+        first, second = bad.opening(training), bad.opening(training)
+        connection.push(wire.encode(first) + wire.encode(second))
+        assert connection.hear() == ExchangeOpened(exchange=first.exchange, weight=1.0)
+        connection.push(wire.encode(FinishExchange(exchange=second.exchange)))
+        assert connection.hear() == ExchangeOpened(exchange=second.exchange, weight=1.0)
+    assert unchanged(bad, port, training)
+
+
 def test_a_member_that_stops_half_way_through_a_fragment_harms_nobody(bad, port, training):
     connection = bad.greeted(port, Purpose.BULK)
     exchange = opened(connection, bad, training)

@@ -108,6 +108,17 @@ def test_an_answer_owed_for_a_greeting_may_take_longer_as_its_giver_may_greet_ma
     assert accused_at == pytest.approx(GREETED_S + PROBE_INTERVAL_S)
 
 
+def test_who_was_greeted_is_waited_for_no_longer_once_somebody_accuses_it():
+    detector = watching(B, C)
+    detector.connected(A, 0.0, 0, dialled=True)
+    run_until(detector, 0.8, answering=(B, C))
+    accused = row(A, state=State.SUSPECT, accusers=(B,))
+    detector.suspected(accused, 4, 0.8, 0, since=0.5)
+    found = run_until(detector, 3.0, now=0.8, answering=(B, C))
+    confirmed_at = next(at for at, f in found if isinstance(f, Silent) and f.node == A)
+    assert confirmed_at == pytest.approx(0.8 + PROBE_INTERVAL_S)
+
+
 # ---------------------------------------------------------------------------------------- health
 
 

@@ -43,6 +43,7 @@ def test_one_seed_is_one_life_in_every_process_whatever_the_order_of_hashes():
     assert first["digest"] != simulate_faults(12, seconds=8.0).digest
 
 
+@pytest.mark.all_cores
 @pytest.mark.timeout(400)
 def test_many_lives_of_a_mesh_pass_under_every_fault_on_all_cores():
     completed = mesh_sim("--seed", 1000, "--seeds", SEEDS, "--json")

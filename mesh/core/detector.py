@@ -326,18 +326,18 @@ class Detector:
     def _probe(
         self, node: NodeId, now: float, table: int, patience_s: float = 0.0
     ) -> list[Finding]:
-        if any(probe.asker is None for _, probe in self._probes_of(node)):
-            return []
-        self._sequence += 1
         connected = self._watches[node].connected
         timeout_s = PROBE_TIMEOUT_S * self.health.multiplier if connected else 0.0
-        from_s = now + patience_s
+        ask_at = now + patience_s + timeout_s
+        fail_at = now + patience_s + PROBE_INTERVAL_S * self.health.multiplier
+        own = next((probe for _, probe in self._probes_of(node) if probe.asker is None), None)
+        if own is not None:  # it may have been more patient
+            own.due_at, own.fail_at = min(own.due_at, ask_at), min(own.fail_at, fail_at)
+            own.ask_at = min(own.ask_at, ask_at) if own.ask_at < math.inf else own.ask_at
+            return []
+        self._sequence += 1
         self._probes[self._sequence] = _Probe(
-            node=node,
-            sent_at=now,
-            due_at=from_s + timeout_s,
-            ask_at=from_s + timeout_s,
-            fail_at=from_s + PROBE_INTERVAL_S * self.health.multiplier,
+            node=node, sent_at=now, due_at=ask_at, ask_at=ask_at, fail_at=fail_at
         )
         if not connected:
             return []
