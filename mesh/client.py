@@ -295,7 +295,8 @@ def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
         return node_of_state(state_directory(state))
     nodes, killed = _running_nodes()
     if name is not None:
-        nodes = [n for n in nodes if n.name == name or n.node.startswith(name)]
+        by_id = [n for n in nodes if len(name) >= ID_PREFIX and n.node.startswith(name)]
+        nodes = [n for n in nodes if n.name == name] or by_id
         if not nodes:
             known = ", ".join(n.name for n in running_nodes()) or "none"
             raise NodeNotRunning(f"no node named {name!r} runs here; running: {known}")

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import mesh
-from mesh.client import node_of_state
+from mesh import client
+from mesh.client import RunningNode, node_of_state
 from mesh.core.messages import PROTOCOL
+from mesh.errors import NodeNotRunning
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
 
@@ -274,6 +276,19 @@ def test_of_several_nodes_on_a_host_one_has_to_be_chosen(pair):
         assert chosen["node"]["id"] == node.id
     by_id = parsed(host.mesh("peers", "--json", "-N", nodes[1].id[:8]))
     assert by_id["node"]["name"] == "b"
+
+
+def test_a_name_means_the_node_that_has_it_and_not_one_whose_id_begins_so(monkeypatch):
+    here = [
+        RunningNode(node, name, 1, "", Path(name))
+        for node, name in (("bbbbcccc", "a"), ("dddd4444", "b"), ("eeee5555", "bbbb"))
+    ]
+    monkeypatch.setattr(client, "_running_nodes", lambda: (here, []))
+    assert client.find_node(None, "b") is here[1]
+    assert client.find_node(None, "bbbb") is here[2]
+    assert client.find_node(None, "bbbbc") is here[0]
+    with pytest.raises(NodeNotRunning, match="no node named 'bb' runs here"):
+        client.find_node(None, "bb")
 
 
 def test_the_state_directory_may_come_from_the_environment(pair):
