@@ -164,9 +164,8 @@ def question(
     if name is None:
         return ask(find_node(state), op, timeout_s, on_progress, **fields)
     nodes = running_nodes()
-    for node in nodes:
-        if node.name == name or (len(name) >= ID_PREFIX and node.node.startswith(name)):
-            return ask(find_node(state, name), op, timeout_s, on_progress, **fields)
+    if _called(nodes, name):
+        return ask(find_node(state, name), op, timeout_s, on_progress, **fields)
     # Another node's process may wait for the network: leave it time to say that nothing came.
     within_s = max(timeout_s / 2, timeout_s - 1.0)
     chosen = state or os.environ.get("MESH_STATE")
@@ -286,6 +285,12 @@ def _running_nodes() -> tuple[list[RunningNode], list[NodeKilled]]:
     return sorted(found, key=lambda node: (node.name, node.node)), killed
 
 
+def _called(nodes: list[RunningNode], name: str) -> list[RunningNode]:
+    """Those with this name, else those whose id begins so."""
+    by_id = [n for n in nodes if len(name) >= ID_PREFIX and n.node.startswith(name)]
+    return [n for n in nodes if n.name == name] or by_id
+
+
 def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
     """The node that a command means: by `--state` or $MESH_STATE, by name, or the only one.
 
@@ -295,10 +300,9 @@ def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
         return node_of_state(state_directory(state))
     nodes, killed = _running_nodes()
     if name is not None:
-        by_id = [n for n in nodes if len(name) >= ID_PREFIX and n.node.startswith(name)]
-        nodes = [n for n in nodes if n.name == name] or by_id
+        known = ", ".join(n.name for n in nodes) or "none"
+        nodes = _called(nodes, name)
         if not nodes:
-            known = ", ".join(n.name for n in running_nodes()) or "none"
             raise NodeNotRunning(f"no node named {name!r} runs here; running: {known}")
     if not nodes and killed:
         raise killed[0]

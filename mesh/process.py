@@ -175,9 +175,8 @@ def _socket_path(settings: NodeSettings, identity: Identity) -> Path:
         if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
             with contextlib.suppress(MeshError):
                 private_directory(directory)
-                if (
-                    not directory.is_symlink()
-                ):  # another user's, below /tmp: it may lead elsewhere later
+                # A link below /tmp may be another user's, and lead elsewhere later.
+                if not directory.is_symlink():
                     return path
     raise UsageError(
         f"{settings.state} lies too deep for the node's local socket; choose a shorter --state"
