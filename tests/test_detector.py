@@ -1,7 +1,6 @@
 """The failure detector: suspicion and local health alone, then several cores joined back to back."""
 
 import heapq
-import math
 from itertools import count, pairwise
 from random import Random
 
@@ -43,7 +42,7 @@ from mesh.core.messages import (
     Versions,
 )
 from mesh.core.protocol import MeshProtocol
-from mesh.core.suspicion import CONFIRMATIONS, SUSPICION_S, suspicion_of
+from mesh.core.suspicion import ALONE_S, CONFIRMATIONS, CONFIRMED_S, suspicion_of
 from mesh.core.twins import CHECK_S
 
 ME, A, B, C = (NodeId(letter * 16) for letter in "mabc")
@@ -75,27 +74,35 @@ def hello(node, instance=1, age_ms=0, incarnation=1):
 # ------------------------------------------------------------------------------------- suspicion
 
 
-@pytest.mark.parametrize(("living", "base_s"), [(2, 3.0), (5, 3.0), (32, 4.515), (100, 6.0)])
-def test_a_confirmed_suspicion_lasts_three_seconds_times_the_logarithm_of_the_members(
-    living, base_s
+@pytest.mark.parametrize(
+    ("living", "alone_s", "confirmed_s"),
+    [(5, 6.0, 2.8), (32, 9.03, 2.8), (100, 12.0, 3.721), (1000, 18.0, 5.581)],
+)
+def test_a_suspicion_is_longer_in_a_large_mesh_where_a_refutation_has_hops_to_travel(
+    living, alone_s, confirmed_s
 ):
     accusers = tuple(NodeId(f"accuser{k}") for k in range(CONFIRMATIONS + 1))
+    alone = row(A, state=State.SUSPECT, accusers=accusers[:1])
+    assert suspicion_of(alone, living, 7.0).deadline == pytest.approx(7.0 + alone_s, abs=1e-3)
     suspect = row(A, state=State.SUSPECT, accusers=accusers)
-    assert suspicion_of(suspect, living, 7.0).deadline == pytest.approx(7.0 + base_s, abs=1e-3)
+    assert suspicion_of(suspect, living, 7.0).deadline == pytest.approx(7 + confirmed_s, abs=1e-3)
 
 
-def test_a_suspicion_shrinks_with_every_confirmation_from_twice_its_time():
+def test_a_suspicion_shrinks_with_every_confirmation():
     suspicion = suspicion_of(row(A, state=State.SUSPECT, accusers=(B,)), 8, 0.0)
     lengths = []
     for accusers in range(1, 7):
         suspicion.confirmed(accusers, now=0.0)
         lengths.append(suspicion.deadline)
-    expected = [2 - math.log(min(c, 4)) / math.log(4) for c in range(1, 7)]
-    assert lengths == pytest.approx([SUSPICION_S * each for each in expected])
+    halfway = (ALONE_S + CONFIRMED_S) / 2  # log 2 of log 4
+    assert lengths[0] == ALONE_S
+    assert lengths[1] == pytest.approx(halfway)
+    assert halfway > lengths[2] > CONFIRMED_S
+    assert lengths[3:] == pytest.approx([CONFIRMED_S] * 3)
 
 
 def test_of_two_nodes_nobody_can_confirm_so_nobody_is_waited_for():
-    assert suspicion_of(row(A, state=State.SUSPECT, accusers=(ME,)), 2, 0.0).deadline == SUSPICION_S
+    assert suspicion_of(row(A, state=State.SUSPECT, accusers=(ME,)), 2, 0.0).deadline == CONFIRMED_S
 
 
 def test_an_answer_owed_for_a_greeting_may_take_longer_as_its_giver_may_greet_many():
@@ -252,6 +259,16 @@ def test_helpers_are_asked_after_half_a_second_and_silence_is_an_accusation_afte
     at, finding = silent[0]
     assert (at, finding.node) == (pytest.approx(sent + PROBE_INTERVAL_S), ping.node)
     assert finding.since == pytest.approx(sent + PROBE_TIMEOUT_S), "suspect since it owed an answer"
+
+
+def test_who_can_be_asked_by_others_only_is_given_no_less_time():
+    detector = watching(A, B)
+    detector.disconnected(B)
+    found = run_until(detector, 4.0, answering=(A,))
+    asked = next(t for t, f in found if isinstance(f, Tell) and type(f.message) is PingRequest)
+    silent = next(f for _, f in found if isinstance(f, Silent))
+    assert silent.node == B
+    assert silent.since == pytest.approx(asked + PROBE_TIMEOUT_S)
 
 
 def test_a_helper_that_reached_it_clears_it():

@@ -68,7 +68,7 @@ class _Probe:
     node: NodeId
     sent_at: float
     due_at: float
-    """when its answer is: a suspicion counts from here"""
+    """when its answer is"""
     ask_at: float
     fail_at: float
     asker: tuple[NodeId, int] | None = None
@@ -77,6 +77,11 @@ class _Probe:
     """it began with a refused connection: one more and the member is gone"""
     asked: list[NodeId] = field(default_factory=list)
     """helpers that have not said a word about it yet"""
+
+    @property
+    def silent_since(self) -> float:
+        """A suspicion counts from here. Who had to be reached by others was given no less time."""
+        return max(self.due_at, self.sent_at + PROBE_TIMEOUT_S)
 
 
 class Detector:
@@ -230,7 +235,7 @@ class Detector:
             return []
         if probe.refused:
             return [Gone(node=probe.node, reason="connection refused, to others as well")]
-        return [Silent(node=probe.node, since=probe.due_at)]
+        return [Silent(node=probe.node, since=probe.silent_since)]
 
     # ------------------------------------------------------------------------------- suspicion
 
@@ -349,7 +354,7 @@ class Detector:
         del self._probes[sequence]
         if self._heard_since(probe):
             return []
-        findings: list[Finding] = [Silent(node=probe.node, since=probe.due_at)]
+        findings: list[Finding] = [Silent(node=probe.node, since=probe.silent_since)]
         for helper in probe.asked:
             watch = self._watches.get(helper)
             if watch is not None and watch.heard_at > probe.due_at:

@@ -1,17 +1,22 @@
 """How long a member stays suspect before it is called dead (Lifeguard, Dadgar et al. 2018).
 
-A suspicion that nobody confirms may be the fault of the one who has it, so it lasts twice as long as
-one that CONFIRMATIONS others share; in between it shrinks with the logarithm of their number.
+A suspicion that nobody confirms may be the fault of the one who has it. Each that finds the same by
+itself shortens it, with the logarithm of their number, until CONFIRMATIONS have.
 """
 
 import math
 from dataclasses import dataclass, field
 
+from mesh.core.membership import LARGE
 from mesh.core.messages import Member
 
-SUSPICION_S = 3.0
-"""Confirmed: 3 * max(1, log10 n) s. A process stopped for 3 s refutes in time (it is suspect after 1 s
-at the soonest), and news has log n hops to travel."""
+ALONE_S = 6.0
+"""Times max(1, log10 n): the suspicion of one, twice the 3 s of memberlist's local network."""
+
+CONFIRMED_S = 2.8
+"""A process stopped for 3 s is not called dead: it is suspect 0.5 s after its last word at the soonest, and
+has 0.3 s left to be heard in, enough for a packet that TCP sends twice (0.2 s later). In a large mesh
+longer, with the logarithm of the members: a refutation has hops to travel."""
 
 CONFIRMATIONS = 3
 
@@ -24,8 +29,11 @@ class Suspicion:
     since: float
     accusers: int
     wanted: int
-    """confirmations after which it lasts no longer than base_s"""
-    base_s: float
+    """confirmations that shorten it"""
+    alone_s: float
+    """how long it lasts without any"""
+    confirmed_s: float
+    """and with all of them"""
     confirmed_at: float = -math.inf
     _lasts_s: float = field(init=False)
     """kept: the deadline is asked for at every turn of the loop"""
@@ -46,9 +54,10 @@ class Suspicion:
 
     def _length_s(self) -> float:
         if self.wanted <= 0:
-            return self.base_s
+            return self.confirmed_s
         accusers = max(1, min(self.accusers, self.wanted + 1))
-        return self.base_s * (2 - math.log(accusers) / math.log(self.wanted + 1))
+        shortened = math.log(accusers) / math.log(self.wanted + 1)
+        return self.alone_s - (self.alone_s - self.confirmed_s) * shortened
 
 
 def suspicion_of(row: Member, living: int, since: float) -> Suspicion:
@@ -58,5 +67,6 @@ def suspicion_of(row: Member, living: int, since: float) -> Suspicion:
         since=since,
         accusers=len(row.accusers),
         wanted=min(CONFIRMATIONS, living - 2),
-        base_s=SUSPICION_S * max(1.0, math.log10(max(1, living))),
+        alone_s=ALONE_S * max(1.0, math.log10(max(1, living))),
+        confirmed_s=CONFIRMED_S * max(1.0, math.log(max(1, living), LARGE)),
     )
