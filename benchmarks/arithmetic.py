@@ -15,7 +15,8 @@ from random import Random
 import numpy as np
 import trio
 
-from mesh.codec import EXACT, NAMES, Floats, make_codecs
+from mesh.arrays import Floats
+from mesh.codec import EXACT, NAMES, make_codecs
 from mesh.core.events import Beginning
 from mesh.core.messages import FRAGMENT_ENTRIES, SchemaEntry
 from mesh.replica import HandOver, Replica, square_norm

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import trio
 
-from mesh.codec import Floats
+from mesh.arrays import Floats
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.messages import Member, SchemaEntry, State

@@ -22,7 +22,7 @@ import numpy as np
 import trio
 import trio.testing
 
-from mesh.codec import Floats
+from mesh.arrays import Floats
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
 from mesh.net.simulated import SimulatedDiscovery, SimulatedNetwork, SimulatedTransport, Weather

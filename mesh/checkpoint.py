@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from mesh.codec import Floats
+from mesh.arrays import Floats
 from mesh.core.strategies import KEPT_VECTORS
 from mesh.disk import REAL_DISK, Disk
 from mesh.errors import UsageError

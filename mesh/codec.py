@@ -9,14 +9,13 @@ returns numbers; those of bytes that no encode() writes may be NaN, and callers 
 import functools
 from collections.abc import Iterator
 from random import Random
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from mesh.arrays import Floats, np
 from mesh.errors import UsageError
 
-Floats = NDArray[np.float32]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EXACT: Final = "f32"
 """The codec that rounds nothing: the default, and what a newcomer's first weights travel in."""
@@ -37,7 +36,7 @@ reaches 128, which would come out as -128."""
 SMALLEST: Final = 2.0**-100
 """What a block's largest entry counts as at least: one over its scale must be a float32 as well."""
 
-HALF_BFLOAT16: Final = np.uint32(0x7FFF)
+HALF_BFLOAT16: Final = 0x7FFF
 """Just under half of bfloat16's last place, in float32's bits; the last bit kept makes ties even."""
 
 NAN_BFLOAT16: Final = 0x7FC0
@@ -87,8 +86,9 @@ class BFloat16:
 
     name = "bf16"
 
-    def __init__(self) -> None:
-        self._bits = np.empty(PIECE, dtype=np.uint32)
+    @functools.cached_property
+    def _bits(self) -> "NDArray[np.uint32]":
+        return np.empty(PIECE, dtype=np.uint32)
 
     def encoded_bytes(self, entries: int) -> int:
         return 2 * entries
@@ -131,7 +131,10 @@ class Int8:
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
-        self._scratch: Floats = np.empty(PIECE, dtype=np.float32)
+
+    @functools.cached_property
+    def _scratch(self) -> Floats:
+        return np.empty(PIECE, dtype=np.float32)
 
     def encoded_bytes(self, entries: int) -> int:
         return entries + 4 * -(-entries // BLOCK)
@@ -188,7 +191,7 @@ def _blocks(piece: slice) -> slice:
     return slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
 
 
-def _parts(body: memoryview, entries: int) -> tuple[Floats, NDArray[np.int8]]:
+def _parts(body: memoryview, entries: int) -> "tuple[Floats, NDArray[np.int8]]":
     """(scales, steps) of an int8 body: views."""
     end = 4 * -(-entries // BLOCK)
     return np.frombuffer(body[:end], dtype="<f4"), np.frombuffer(body[end:], dtype=np.int8)
@@ -203,7 +206,7 @@ def _scale_blocks(values: Floats, scales: Floats, *, out: Floats) -> None:
 
 
 @functools.cache
-def _starts() -> NDArray[np.intp]:
+def _starts() -> "NDArray[np.intp]":
     """Where the blocks of a piece begin."""
     return np.arange(0, PIECE, BLOCK)
 

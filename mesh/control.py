@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from mesh import report
+from mesh import arrays, report
 from mesh.answers import Answers, failure
 from mesh.arguments import Request
 from mesh.codec import EXACT, check_codec
@@ -151,6 +151,7 @@ class Control:
             async def pull() -> None:
                 try:
                     nodes = _whole(request, "peers", low=1)
+                    await _arrays()
                     await self._node.observer.pull(str(request.get("run")), nodes, hear)
                 except (MeshError, MemoryError) as error:
                     await hear(failure(error))
@@ -170,6 +171,7 @@ class Control:
             self._node.check_run(spec)
             entries = sum(math.prod(entry.shape) for entry in spec.entries)
             vectors = len(KEPT_VECTORS.get(spec.strategy, ())) if spec.keeps else 0
+            await _arrays()
             memory = HandOverMemory.create(entries, vectors)
         except (MeshError, OSError) as error:
             await lines.send(failure(error))
@@ -337,6 +339,12 @@ def _real(request: Request, key: str, low: float, high: float) -> float:
     if not isinstance(value, (int, float)) or not low <= value <= high:
         raise UsageError(f"{key} is a number of {low:g}..{high:g}")
     return float(value)
+
+
+async def _arrays() -> None:
+    """Until this node can compute: its first run loads what for."""
+    if not arrays.is_loaded():
+        await trio.to_thread.run_sync(arrays.load)
 
 
 def _spec(request: Request) -> RunSpec:

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from mesh.codec import EXACT, Floats, check_codec
+from mesh.arrays import Floats
+from mesh.codec import EXACT, check_codec
 from mesh.conditions import Conditions
 from mesh.errors import MeshError, UsageError
 from mesh.laboratory import Laboratory

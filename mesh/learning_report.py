@@ -10,7 +10,7 @@ from typing import Final, Generic, TypeVar
 
 import numpy as np
 
-from mesh.codec import Floats
+from mesh.arrays import Floats
 
 POINTS: Final = 4096
 """Of one curve: more than a plot can show."""

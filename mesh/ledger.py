@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mesh.codec import EXACT, Codec, Floats
+from mesh.arrays import Floats
+from mesh.codec import EXACT, Codec
 from mesh.core.exchange import Responses
 from mesh.core.messages import WINDOW, NodeId
 from mesh.replica import Replica

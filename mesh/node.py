@@ -14,7 +14,8 @@ from typing import Final, assert_never
 
 import trio
 
-from mesh.codec import Floats, make_codecs
+from mesh.arrays import Floats
+from mesh.codec import make_codecs
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.averaging import RUNS_LIMIT

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Final
 
-import numpy as np
 import trio
 
-from mesh.codec import EXACT, Codec, Floats
+from mesh.arrays import Floats, np
+from mesh.codec import EXACT, Codec
 from mesh.core.events import Outcome
 from mesh.core.exchange import Initiation
 from mesh.core.messages import Member, RunInfo, SchemaEntry, SchemaPage, SchemaRequest

@@ -12,14 +12,12 @@ pull replicas together contract by sqrt(BETA) at best: that is why BETA is not t
 import math
 from typing import Final
 
-import numpy as np
-
-from mesh.codec import Floats
+from mesh.arrays import Floats, np
 from mesh.errors import NotFinite
 from mesh.replica import Replica, square_norm
 
-ALPHA: Final = np.float32(0.7)
-BETA: Final = np.float32(0.5)
+ALPHA: Final = 0.7
+BETA: Final = 0.5
 
 
 class OuterMomentum:

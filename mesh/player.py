@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from mesh.codec import EXACT, Floats
+from mesh.arrays import Floats
+from mesh.codec import EXACT
 from mesh.core.messages import SchemaEntry
 from mesh.core.strategies import PAIR
 from mesh.node import Node

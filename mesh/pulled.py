@@ -17,8 +17,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from mesh.arrays import Floats
 from mesh.client import LocalSocket, RunningNode
-from mesh.codec import BFloat16, Floats
+from mesh.codec import BFloat16
 from mesh.disk import written_whole
 from mesh.errors import MeshError
 from mesh.shared import HandOverMemory

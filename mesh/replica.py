@@ -12,9 +12,8 @@ A step's trip: training writes `posted` -> HandOver.merge(): w += posted - offer
 import math
 from collections.abc import Callable
 
-import numpy as np
-
-from mesh.codec import Codec, Floats
+from mesh.arrays import Floats, np
+from mesh.codec import Codec
 from mesh.core.messages import FRAGMENT_ENTRIES
 from mesh.errors import NotFinite
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
 import trio
 
+from mesh.arrays import Floats, np
 from mesh.buffers import BufferPool
-from mesh.codec import EXACT, Codec, Floats
+from mesh.codec import EXACT, Codec
 from mesh.core.clock import MeshClock
 from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses

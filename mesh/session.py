@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from mesh.arrays import Floats
 from mesh.client import LocalSocket
-from mesh.codec import Floats
 from mesh.errors import MeshError, NodeNotRunning, UsageError
 from mesh.shared import HandOverMemory
 

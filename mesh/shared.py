@@ -11,9 +11,7 @@ import os
 import sys
 import tempfile
 
-import numpy as np
-
-from mesh.codec import Floats
+from mesh.arrays import Floats, np
 from mesh.errors import UsageError
 
 if sys.platform == "linux":

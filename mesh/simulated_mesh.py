@@ -19,7 +19,7 @@ import trio
 from numpy.typing import NDArray
 
 from mesh.alarm import sleep
-from mesh.codec import Floats
+from mesh.arrays import Floats
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
 from mesh.errors import MeshError

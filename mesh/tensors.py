@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
-from mesh.codec import Floats
 from mesh.errors import UsageError
 
 DTYPES = {

@@ -8,8 +8,8 @@ import torch
 import trio
 
 from mesh.answers import Answers
+from mesh.arrays import Floats
 from mesh.baton import Program
-from mesh.codec import Floats
 from mesh.control import Control
 from mesh.learning_report import Curve
 from mesh.program_state import ProgramState

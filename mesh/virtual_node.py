@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mesh.codec import Codec, Floats
+from mesh.arrays import Floats
+from mesh.codec import Codec
 from mesh.core.strategies import fragment_entries
 from mesh.counters import Counters
 from mesh.node import Node

@@ -5,9 +5,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mesh
 from mesh import client
@@ -235,6 +237,21 @@ def pair():
     host = Host()
     yield host, *host.up_together("a", "b")
     host.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_node_without_a_run_has_no_numpy_in_its_memory_and_one_with_a_run_has():
+    host = Host()
+    try:
+        host.member("a")
+        node = host.up("a")
+        maps = Path(f"/proc/{node.pid}/maps")
+        assert "_rust" in maps.read_text(), "cryptography's; else this test sees nothing"
+        assert "numpy" not in maps.read_text()
+        with mesh.join(torch.nn.Linear(2, 2), settings=mesh.NodeSettings(state=node.state)):
+            assert "numpy" in maps.read_text()
+    finally:
+        host.close()
 
 
 def test_a_node_says_how_it_is_as_json_and_as_text(pair):
