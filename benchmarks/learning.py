@@ -4,6 +4,7 @@
     python -m benchmarks.learning --only "pair"   rows whose name holds this
     python -m benchmarks.learning --tune          the rates again, for RATES in learning_rows.py
     python -m benchmarks.learning --seeds 8       more seeds: what of a difference is chance
+    python -m benchmarks.learning --split iid     one of the splits
     python -m benchmarks.learning --quick         a minute: one seed, 200 steps, no goals
 
 A job's trip: rows() -> one row, split and seed -> a process of its own core -> mesh.simulate() ->
@@ -22,7 +23,7 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import Pool
 from multiprocessing.queues import SimpleQueue
@@ -46,7 +47,8 @@ STEPS = 800
 STEPS_QUICK = 200
 BATCH = 16
 SEEDS = (1, 2, 3)
-SPLITS = ("iid", "dirichlet")
+HEADS = {"iid": "IID", "dirichlet": "Dirichlet 0.1"}
+SPLITS = tuple(HEADS)
 CONCENTRATION = 0.1
 LEAST = BATCH
 """Samples that a machine has at least, or it could not fill one batch."""
@@ -236,12 +238,13 @@ def line_of(row: Row, split: str, rate: float, found: list[Found]) -> Line:
 def table(lines: list[Line], skipped: dict[str, str]) -> str:
     """As docs/learning.md has it: averaged model, (mean node, worst node), transfers."""
     found = {(line.row, line.split): line for line in lines}
-    text = [f"{'':42}  {'IID':>26}  {'Dirichlet 0.1':>26}  transfers"]
+    splits = [split for split in SPLITS if any(line.split == split for line in lines)]
+    text = [f"{'':42}  {'  '.join(f'{HEADS[split]:>26}' for split in splits)}  transfers"]
     for row in ROWS:
         if row.name in skipped:
             text.append(f"{row.name:42}  waits: {skipped[row.name]}")
-        elif (row.name, SPLITS[0]) in found:
-            cells = [found[row.name, split] for split in SPLITS]
+        elif (row.name, splits[0]) in found:
+            cells = [found[row.name, split] for split in splits]
             said = "  ".join(
                 f"{c.averaged:6.2f} ±{c.apart:4.2f} ({c.mean:5.1f} {c.worst:5.1f})" for c in cells
             )
@@ -271,11 +274,13 @@ def goals(lines: list[Line]) -> list[Figure]:
     return made
 
 
-def tune(rows: list[Row], rates: list[float], steps: int, pool: Pool) -> None:
+def tune(
+    rows: list[Row], splits: Sequence[str], rates: list[float], steps: int, pool: Pool
+) -> None:
     """Prints RATES. Each row and split climbs: to the next larger rate, or else the next smaller one,
     while the loss falls."""
     climbs = {
-        (row, split): Climb(len(rates)) for row in rows if not row.tuned_as for split in SPLITS
+        (row, split): Climb(len(rates)) for row in rows if not row.tuned_as for split in splits
     }
     while asked := {key: at for key, climb in climbs.items() if (at := climb.asks()) is not None}:
         jobs = {
@@ -305,6 +310,7 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, default=len(SEEDS), help="how many, from 1; more say what is chance"
     )
+    parser.add_argument("--split", choices=SPLITS, help="one of the two; default: both")
     parser.add_argument("--tune", action="store_true", help="choose the rates again")
     parser.add_argument(
         "--jobs",
@@ -325,21 +331,23 @@ def _run(flags: argparse.Namespace, pool: Pool) -> int:
     if flags.quick:
         rows = [replace(row, goals=()) for row in rows if row.every > 1][:4]
     steps = STEPS_QUICK if flags.quick else STEPS
+    splits = SPLITS if flags.split is None else (flags.split,)
     if flags.tune:
-        tune([row for row in rows if flags.only in row.name], flags.rates, steps, pool)
+        chosen = [row for row in rows if flags.only in row.name]
+        tune(chosen, splits, flags.rates, steps, pool)
         return 0
     seeds = SEEDS[:1] if flags.quick else range(1, flags.seeds + 1)
     jobs = [
         Job(row=row, split=split, seed=seed, rate=rate_of(row, split), steps=steps)
         for seed in seeds
         for row in rows
-        for split in SPLITS
+        for split in splits
     ]
     found = all_of(jobs, pool)
     lines = [
         line_of(row, split, rate, [found[job] for job in jobs if (job.row, job.split) == key])
         for row in rows
-        for split in SPLITS
+        for split in splits
         for key, rate in [((row, split), rate_of(row, split))]
     ]
     if not flags.json:

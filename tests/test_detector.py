@@ -42,7 +42,7 @@ from mesh.core.messages import (
     Versions,
 )
 from mesh.core.protocol import MeshProtocol
-from mesh.core.suspicion import ALONE_S, CONFIRMATIONS, CONFIRMED_S, suspicion_of
+from mesh.core.suspicion import ALONE_S, CONFIRMATIONS, CONFIRMED_S, FEW_S, suspicion_of
 from mesh.core.twins import CHECK_S
 
 ME, A, B, C = (NodeId(letter * 16) for letter in "mabc")
@@ -101,8 +101,12 @@ def test_a_suspicion_shrinks_with_every_confirmation():
     assert lengths[3:] == pytest.approx([CONFIRMED_S] * 3)
 
 
-def test_of_two_nodes_nobody_can_confirm_so_nobody_is_waited_for():
-    assert suspicion_of(row(A, state=State.SUSPECT, accusers=(ME,)), 2, 0.0).deadline == CONFIRMED_S
+@pytest.mark.parametrize("living", [2, 3, 4])
+def test_where_few_can_confirm_all_of_them_are_enough_but_are_waited_for_longer(living):
+    accusers = tuple(NodeId(f"accuser{k}") for k in range(living - 1))
+    suspect = row(A, state=State.SUSPECT, accusers=accusers)
+    assert suspicion_of(suspect, living, 0.0).deadline == pytest.approx(FEW_S)
+    assert CONFIRMED_S < FEW_S < ALONE_S
 
 
 def test_an_answer_owed_for_a_greeting_may_take_longer_as_its_giver_may_greet_many():

@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoLab as error:
         print(f"cannot try faults here: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the lab was taken down on the way here
+        print("stopped", file=sys.stderr)
+        return 130
     print(table(rows))
     return 0 if all(found.ok for _, found in rows) else 1
 
