@@ -50,6 +50,11 @@ NO_SUCH_NAME: Final = -1
 USER_TIMEOUT_MS: Final = 5000
 """TCP_USER_TIMEOUT: a cut cable is an error after 6 s; Linux alone would wait 15 minutes."""
 
+THIN_LINEAR_TIMEOUTS: Final = 16
+"""linux/tcp.h: where few packets are on their way, the first six retransmissions come at even distances of
+about 0.2 s and not at doubled ones. Where a third of all packets is lost, two nodes are out of touch for 6 s
+twenty times less often."""
+
 HANDSHAKES_LIMIT: Final = 64
 HANDSHAKES_PER_HOST_LIMIT: Final = 16
 """Connections that have proved nothing yet, in all and from one address."""
@@ -273,6 +278,8 @@ class TcpTransport:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if sys.platform == "linux":
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+                with contextlib.suppress(OSError):  # a kernel without it
+                    connection.setsockopt(socket.IPPROTO_TCP, THIN_LINEAR_TIMEOUTS, 1)
             host: str = connection.getpeername()[0]
             secured = context.wrap_socket(
                 connection, server_side=server_side, do_handshake_on_connect=False
