@@ -53,9 +53,16 @@ def without_forgiveness() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_second_chance() -> Iterator[None]:
+    """A member that refuted a suspicion a moment ago is waited for no longer than any other."""
+    with patch.object(Health, "chances", lambda health, node, now: 1):
+        yield
+
+
+@contextlib.contextmanager
 def without_local_health() -> Iterator[None]:
-    """Neither."""
-    with without_patience(), without_forgiveness():
+    """None of these."""
+    with without_patience(), without_forgiveness(), without_second_chance():
         yield
 
 
@@ -64,7 +71,8 @@ ABLATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "plain SWIM order": plain_swim,
     "no patience": without_patience,
     "no forgiveness": without_forgiveness,
+    "no second chance": without_second_chance,
     "no local health": without_local_health,
 }
-HALVES = ("", "no patience", "no forgiveness", "no local health")
+HALVES = ("", "no patience", "no forgiveness", "no second chance", "no local health")
 WHOLE = ("", "no local health")

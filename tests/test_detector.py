@@ -101,6 +101,21 @@ def test_a_suspicion_shrinks_with_every_confirmation():
     assert lengths[3:] == pytest.approx([CONFIRMED_S] * 3)
 
 
+def test_who_refuted_a_suspicion_within_the_last_minute_is_waited_for_twice_as_long():
+    detector = Detector(Random(1))
+    first, again, later = (row(A, n, State.SUSPECT, (B,)) for n in (1, 2, 3))
+    lengths = []
+    for suspect, at in ((first, 0.0), (again, 59.0), (later, 120.0)):
+        detector.suspected(suspect, 5, at, 0, since=at)
+        lengths.append(detector.next_deadline() - at)
+        detector.cleared(A)
+    assert lengths == pytest.approx([ALONE_S, 2 * ALONE_S, ALONE_S])
+    detector.suspected(row(A, 4, State.SUSPECT, (B,)), 5, 121.0, 0, since=121.0)
+    detector.forget(A)
+    detector.suspected(row(A, 5, State.SUSPECT, (B,)), 5, 122.0, 0, since=122.0)
+    assert detector.next_deadline() - 122.0 == pytest.approx(ALONE_S), "of the dead nothing is kept"
+
+
 @pytest.mark.parametrize("living", [2, 3, 4])
 def test_where_few_can_confirm_all_of_them_are_enough_but_are_waited_for_longer(living):
     accusers = tuple(NodeId(f"accuser{k}") for k in range(living - 1))

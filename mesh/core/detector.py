@@ -140,6 +140,7 @@ class Detector:
         """It is dead, or left."""
         self.unwatch(node)
         self._suspicions.pop(node, None)
+        self.health.forget(node)
 
     def heard(self, node: NodeId, now: float) -> None:
         if node in self._watches:
@@ -245,7 +246,8 @@ class Detector:
         """The table says that this member is suspect, from `since` on; `living` are in it."""
         suspicion = self._suspicions.get(row.node)
         if suspicion is None or suspicion.incarnation != row.incarnation:
-            self._suspicions[row.node] = suspicion_of(row, living, since)
+            times = self.health.chances(row.node, since)
+            self._suspicions[row.node] = suspicion_of(row, living, since, times)
         elif suspicion.accusers != len(row.accusers):
             suspicion.confirmed(len(row.accusers), now)
         watch = self._watches.get(row.node)
@@ -255,7 +257,8 @@ class Detector:
 
     def cleared(self, node: NodeId) -> None:
         """It refuted, or began again: that its last process was refused says nothing of this one."""
-        self._suspicions.pop(node, None)
+        if suspicion := self._suspicions.pop(node, None):
+            self.health.refuted(node, suspicion.since)
         for sequence, probe in self._probes_of(node) if self._probes else ():
             if probe.refused:
                 del self._probes[sequence]

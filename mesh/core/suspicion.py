@@ -64,14 +64,16 @@ class Suspicion:
         return self.alone_s - (self.alone_s - self.confirmed_s) * shortened
 
 
-def suspicion_of(row: Member, living: int, since: float) -> Suspicion:
-    """A new one. `living`: members in the table, the suspect and this node included."""
+def suspicion_of(row: Member, living: int, since: float, times: int = 1) -> Suspicion:
+    """A new one, `times` as long as usual. `living`: members in the table, the suspect and this node
+    included."""
     many = living - 2 >= CONFIRMATIONS
+    confirmed_s = CONFIRMED_S * max(1.0, math.log(living, LARGE)) if many else FEW_S
     return Suspicion(
         incarnation=row.incarnation,
         since=since,
         accusers=len(row.accusers),
         wanted=min(CONFIRMATIONS, living - 2),
-        alone_s=ALONE_S * max(1.0, math.log10(max(1, living))),
-        confirmed_s=CONFIRMED_S * max(1.0, math.log(living, LARGE)) if many else FEW_S,
+        alone_s=times * ALONE_S * max(1.0, math.log10(max(1, living))),
+        confirmed_s=times * confirmed_s,
     )
