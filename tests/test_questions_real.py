@@ -34,8 +34,6 @@ ASKED = [
 ]
 """Every question command; OTHER is the other node's name."""
 
-CPU_S = 0.12
-
 
 class Lan:
     """Two machines, as far as gossipmesh can tell; `b` lets others control it. Both train."""
@@ -297,28 +295,20 @@ def test_another_user_of_the_machine_cannot_open_the_socket(lan):
 
 
 @pytest.mark.parametrize("command", ["status", "peers", "ls"])
-def test_a_cold_question_costs_little_and_imports_nothing_heavy(lan, command):
-    host = lan.hosts[0]
-    used_s = []
-    for flags in ((), (), ("-X", "importtime")):
-        before = os.times()
-        completed = subprocess.run(
-            [sys.executable, *flags, "-m", "nodes.cli", command],
-            env=host.environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        after = os.times()
-        used_s.append(after.children_user + after.children_system)
-        used_s[-1] -= before.children_user + before.children_system
+def test_a_cold_question_imports_nothing_heavy(lan, command):
+    completed = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "nodes.cli", command],
+        env=lan.hosts[0].environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     lines = [line for line in completed.stderr.splitlines() if line.startswith("import time:")]
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
     heavy = {"torch", "trio", "numpy", "rich", "cryptography", "msgpack", "zeroconf"}
     slow = {"asyncio", "dataclasses", "inspect", "subprocess"}
     assert {"mesh", "argparse"} <= loaded
     assert not loaded & (heavy | slow)
-    assert min(used_s) < CPU_S, "of a processor: others use the machine as well"
 
 
 # ------------------------------------------------------------------------------------ the end
