@@ -20,6 +20,7 @@ from mesh.core.detector import (
 from mesh.core.findings import Gone, Silent, Tell
 from mesh.core.health import LAG_S, WORST, Health
 from mesh.core.membership import (
+    INCARNATION_BLOCK,
     KEEP_ENDED_S,
     TELL_ENDED_S,
     Membership,
@@ -103,17 +104,21 @@ def test_a_suspicion_shrinks_with_every_confirmation():
 
 def test_who_refuted_a_suspicion_within_the_last_minute_is_waited_for_twice_as_long():
     detector = Detector(Random(1))
-    first, again, later = (row(A, n, State.SUSPECT, (B,)) for n in (1, 2, 3))
+
+    def lasts_s(incarnation, at):
+        detector.suspected(row(A, incarnation, State.SUSPECT, (B,)), 5, at, 0, since=at)
+        return detector.next_deadline() - at
+
     lengths = []
-    for suspect, at in ((first, 0.0), (again, 59.0), (later, 120.0)):
-        detector.suspected(suspect, 5, at, 0, since=at)
-        lengths.append(detector.next_deadline() - at)
-        detector.cleared(A)
+    for incarnation, at in ((1, 0.0), (2, 59.0), (3, 120.0)):
+        lengths.append(lasts_s(incarnation, at))
+        detector.cleared(A, incarnation + 1)
     assert lengths == pytest.approx([ALONE_S, 2 * ALONE_S, ALONE_S])
-    detector.suspected(row(A, 4, State.SUSPECT, (B,)), 5, 121.0, 0, since=121.0)
+    assert lasts_s(4, 121.0) == pytest.approx(2 * ALONE_S)
     detector.forget(A)
-    detector.suspected(row(A, 5, State.SUSPECT, (B,)), 5, 122.0, 0, since=122.0)
-    assert detector.next_deadline() - 122.0 == pytest.approx(ALONE_S), "of the dead nothing is kept"
+    assert lasts_s(5, 122.0) == pytest.approx(ALONE_S), "of the dead nothing is kept"
+    detector.cleared(A, 5 + INCARNATION_BLOCK)
+    assert lasts_s(6 + INCARNATION_BLOCK, 123.0) == pytest.approx(ALONE_S), "it began again"
 
 
 @pytest.mark.parametrize("living", [2, 3, 4])

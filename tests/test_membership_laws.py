@@ -313,7 +313,7 @@ def test_a_process_that_began_again_is_not_called_dead_for_the_one_before():
     detector = quiet_detector()
     detector.disconnected(NODES[0])
     [request, *_] = detector.refused(NODES[0], 0.0, "refused")
-    detector.cleared(NODES[0])  # its new row came with the news, before its connection
+    detector.cleared(NODES[0], 2)  # its new row came with the news, before its connection
     sequence = request.message.sequence
     assert detector.reported(request.node, sequence, Verdict.REFUSED, 0.1) == []
 

@@ -255,10 +255,10 @@ class Detector:
             return []
         return self._probe(row.node, now, table)  # to confirm it, or to know better
 
-    def cleared(self, node: NodeId) -> None:
+    def cleared(self, node: NodeId, incarnation: int) -> None:
         """It refuted, or began again: that its last process was refused says nothing of this one."""
         if suspicion := self._suspicions.pop(node, None):
-            self.health.refuted(node, suspicion.since)
+            self.health.refuted(node, suspicion.since, incarnation - suspicion.incarnation)
         for sequence, probe in self._probes_of(node) if self._probes else ():
             if probe.refused:
                 del self._probes[sequence]

@@ -10,6 +10,7 @@ or stalls: for a while it is waited for longer.
 
 import math
 
+from mesh.core.membership import INCARNATION_BLOCK
 from mesh.core.messages import NodeId
 
 WORST = 8
@@ -47,9 +48,11 @@ class Health:
         self.change(+1)
         return lag_s
 
-    def refuted(self, node: NodeId, suspected_at: float) -> None:
-        """It was suspected then, and lives."""
-        self._suspected_at[node] = suspected_at
+    def refuted(self, node: NodeId, suspected_at: float, raised_by: int) -> None:
+        """It was suspected then, and lives; or it began again, which raises its incarnation by a block,
+        and says nothing of its line."""
+        if raised_by < INCARNATION_BLOCK // 2:
+            self._suspected_at[node] = suspected_at
 
     def forget(self, node: NodeId) -> None:
         self._suspected_at.pop(node, None)

@@ -338,7 +338,7 @@ class Peers:
             self._look_for(row, now, wanted=False)
         match row.state:
             case State.ALIVE:
-                self.detector.cleared(row.node)
+                self.detector.cleared(row.node, row.incarnation)
                 back = self.reasons.pop(row.node, None)
                 return self._came(row, known=known, back=back is not None)
             case State.SUSPECT:
