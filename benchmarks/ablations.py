@@ -74,5 +74,5 @@ ABLATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "no second chance": without_second_chance,
     "no local health": without_local_health,
 }
-HALVES = ("", "no patience", "no forgiveness", "no second chance", "no local health")
+PARTS = ("", "no patience", "no forgiveness", "no second chance", "no local health")
 WHOLE = ("", "no local health")

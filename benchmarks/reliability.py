@@ -20,7 +20,7 @@ from random import Random
 
 import trio
 
-from benchmarks.ablations import ABLATIONS, HALVES, WHOLE
+from benchmarks.ablations import ABLATIONS, PARTS, WHOLE
 from benchmarks.watched_mesh import Traffic, WatchedMesh, percentile, watched_mesh
 from mesh.core.messages import NodeId, State
 from mesh.net.simulated import Weather
@@ -302,7 +302,7 @@ def false_deaths(runs: Runs) -> list[Line]:
         (SLOW, long_s, WHOLE),
         (GASPING, short_s, WHOLE),
         (GASPING_IN_RAIN, short_s, WHOLE),
-        (GASPING_IN_RAIN_OF_FIVE, short_s, HALVES),
+        (GASPING_IN_RAIN_OF_FIVE, short_s, PARTS),
     ):
         for ablation in ablations:
             each = runs.of(blame, seeds, stalls=stalls, seconds=seconds, ablation=ablation)

@@ -67,13 +67,14 @@ class Suspicion:
 def suspicion_of(row: Member, living: int, since: float, times: int = 1) -> Suspicion:
     """A new one, `times` as long as usual. `living`: members in the table, the suspect and this node
     included."""
-    many = living - 2 >= CONFIRMATIONS
-    confirmed_s = CONFIRMED_S * max(1.0, math.log(living, LARGE)) if many else FEW_S
+    wanted, confirmed_s = min(CONFIRMATIONS, living - 2), FEW_S
+    if wanted == CONFIRMATIONS:
+        confirmed_s = CONFIRMED_S * max(1.0, math.log(living, LARGE))
     return Suspicion(
         incarnation=row.incarnation,
         since=since,
         accusers=len(row.accusers),
-        wanted=min(CONFIRMATIONS, living - 2),
+        wanted=wanted,
         alone_s=times * ALONE_S * max(1.0, math.log10(max(1, living))),
         confirmed_s=times * confirmed_s,
     )
