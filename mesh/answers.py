@@ -19,6 +19,7 @@ import trio
 
 from mesh import bench, records, report
 from mesh.arguments import PAGE_LIMIT, WITHIN_LIMIT_S, Request, arguments, between, plain
+from mesh.client import called
 from mesh.core import events as ev
 from mesh.core.messages import Member, NodeId, State, short
 from mesh.errors import MeshError, NodeRefused, UsageError
@@ -133,9 +134,7 @@ class Answers:
     def member(self, name: str) -> Member:
         """The member that is called so, or whose id begins so. Raises UsageError with all names."""
         members = self._node.members()
-        found = [m for m in members if m.name == name] or [
-            m for m in members if name and m.node.startswith(name)
-        ]
+        found = called(members, name)
         if not found:
             known = ", ".join(sorted({m.name for m in members}))
             raise UsageError(f"no node {name!r} in this mesh; there are: {known}")

@@ -12,9 +12,9 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mesh.errors import MeshError, NodeNotRunning, NodeRefused, NodeTimeout, UsageError
 from mesh.places import host_directory, state_directory
@@ -37,6 +37,19 @@ class RunningNode(NamedTuple):
     pid: int
     control: str
     state: Path
+
+
+class _Node(Protocol):
+    """A node as a name means it: a process of this machine, or a member of the mesh."""
+
+    @property
+    def node(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_Node)
 
 
 class LocalSocket:
@@ -164,7 +177,7 @@ def question(
     if name is None:
         return ask(find_node(state), op, timeout_s, on_progress, **fields)
     nodes = running_nodes()
-    if _called(nodes, name):
+    if called(nodes, name):
         return ask(find_node(state, name), op, timeout_s, on_progress, **fields)
     # Another node's process may wait for the network: leave it time to say that nothing came.
     within_s = max(timeout_s / 2, timeout_s - 1.0)
@@ -285,8 +298,9 @@ def _running_nodes() -> tuple[list[RunningNode], list[NodeKilled]]:
     return sorted(found, key=lambda node: (node.name, node.node)), killed
 
 
-def _called(nodes: list[RunningNode], name: str) -> list[RunningNode]:
+def called(nodes: Iterable[_Named], name: str) -> list[_Named]:
     """Those with this name, else those whose id begins so."""
+    nodes = list(nodes)
     by_id = [n for n in nodes if len(name) >= ID_PREFIX and n.node.startswith(name)]
     return [n for n in nodes if n.name == name] or by_id
 
@@ -301,7 +315,7 @@ def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
     nodes, killed = _running_nodes()
     if name is not None:
         known = ", ".join(n.name for n in nodes) or "none"
-        nodes = _called(nodes, name)
+        nodes = called(nodes, name)
         if not nodes:
             raise NodeNotRunning(f"no node named {name!r} runs here; running: {known}")
     if not nodes and killed:

@@ -227,6 +227,21 @@ def test_an_error_is_one_line_and_with_json_an_object_too(shell):
         assert shell.run(1, *command)[1] == ""
 
 
+@pytest.mark.parametrize("asked", ["a", "b"])
+def test_a_node_is_named_by_the_beginning_of_its_id_but_never_by_so_few_characters(
+    lan, shell, asked
+):
+    """Of its own machine and of the mesh alike: an id's first characters may be anybody's name."""
+    node = getattr(lan, asked).status()["node"]["id"]
+    for begins in (node[:4], node):
+        assert shell.json(0, "status", "-N", begins)["node"]["id"] == node
+    code, _, err = shell.run(0, "status", "-N", node[:3])
+    assert (code, err) == (
+        2,
+        f"mesh: no node {node[:3]!r} in this mesh; there are: a, b\n",
+    )
+
+
 def test_a_hung_node_ends_every_command_in_its_time(lan, shell, monkeypatch):
     monkeypatch.setattr(questions, "ANSWER_S", 0.2)
     for name in ("PING_S", "BENCH_SLACK_S"):
