@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import socket
 import threading
+from functools import partial
 from random import Random
 
 import pytest
@@ -21,7 +22,13 @@ from mesh.identity import create_mesh, join_mesh, load, node_of
 from mesh.net import sealed, sockets
 from mesh.net.sealed import Offer, SealedStream
 from mesh.net.sockets import SocketStream
-from mesh.net.tcp import TcpTransport
+from mesh.net.tcp import (
+    RTO_MAX,
+    RTO_MAX_MS,
+    THIN_LINEAR_TIMEOUTS,
+    USER_TIMEOUT_MS,
+    TcpTransport,
+)
 from tests.helpers import Records
 
 OURS, THEIRS, OTHERS = (Offer("aes", bytes([n]) * 32) for n in (1, 2, 3))
@@ -386,5 +393,34 @@ def test_closing_either_closes_both(members):
             with pytest.raises(StreamLost):
                 await inner.send_all(b"x")
             await ended.wait()
+
+    trio_run(main)
+
+
+def test_both_ends_of_a_connection_send_again_within_a_second(members):
+    """What TCP is asked for; that it helps is what tests/lan shows (`loss`)."""
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_TCP, RTO_MAX, RTO_MAX_MS)
+        except OSError:
+            pytest.skip("this kernel has no TCP_RTO_MAX_MS (Linux has from 6.15 on)")
+
+    async def main():
+        ends, met = [], trio.Event()
+
+        async def answer(stream):
+            ends.append(stream.bare())
+            met.set()
+
+        async with connected(members, answer) as stream:
+            await met.wait()
+            ends.append(stream.bare())
+        for end in ends:
+            option = partial(end._socket.getsockopt, socket.IPPROTO_TCP)
+            assert option(RTO_MAX) == RTO_MAX_MS
+            assert option(THIN_LINEAR_TIMEOUTS) == 1
+            assert option(socket.TCP_USER_TIMEOUT) == USER_TIMEOUT_MS
+            assert option(socket.TCP_NODELAY) == 1
+            await end.aclose()
 
     trio_run(main)
