@@ -8,13 +8,16 @@ plain averages of them are right.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.errors import UsageError
+
+if TYPE_CHECKING:
+    from mesh.staging import Staging
 
 DTYPES = {
     torch.float16: "float16",
@@ -23,6 +26,9 @@ DTYPES = {
     torch.float64: "float64",
 }
 WIDE = (torch.float32, torch.float64)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A tensor, and its part of a flat buffer."""
 
 PIECE_ENTRIES = 1 << 17
 """Of one thread: three vectors of 512 KiB lie in its second cache, or nearly."""
@@ -60,6 +66,8 @@ class Tensors:
         self.entries = sum(tensor.numel() for tensor in self._tensors.values())
         if not self.entries:
             raise UsageError("the model's tensors are all empty: nothing can be averaged")
+        self._devices: list[torch.device] = []
+        self._staging: Staging | None = None
 
     @property
     def has_batchnorm(self) -> bool:
@@ -99,7 +107,7 @@ class Tensors:
     @torch.no_grad()
     def fill(self, flat: Floats) -> None:
         """flat = x."""
-        for tensor, part in self._pairs(flat):
+        for tensor, part in self._here(flat):
             part.copy_(tensor)
         for layer, mean, second in self._moments(flat):
             for part, value in zip((mean, second), layer.moments(), strict=True):
@@ -116,7 +124,7 @@ class Tensors:
     @torch.no_grad()
     def collect(self, posted: Floats) -> None:
         """posted = x, for an offer that is in the model already."""
-        for tensor, part in self._pairs(posted):
+        for tensor, part in self._here(posted):
             if tensor.dtype in WIDE:
                 part.copy_(tensor)
             else:
@@ -131,16 +139,16 @@ class Tensors:
         """x += offered - posted; posted = x."""
         length = PIECE_ENTRIES * torch.get_num_threads()
         for (tensor, last), (_, offer) in zip(
-            self._pairs(posted), self._pairs(offered), strict=True
+            self._here(posted, back=True), self._pairs(offered), strict=True
         ):
-            if tensor.dtype in WIDE and tensor.is_cpu and tensor.is_contiguous():
+            if tensor.dtype in WIDE and tensor.is_contiguous():
                 for now, before, given in _pieces(tensor, last, offer, length):
                     torch.sub(given, before, out=before)
                     now.add_(before)
                     before.copy_(now)
             elif tensor.dtype in WIDE:
                 torch.sub(offer, last, out=last)
-                tensor.add_(last.to(tensor.device))
+                tensor.add_(last)
                 last.copy_(tensor)
             else:
                 torch.add(offer, _progress(tensor, last), out=last)
@@ -167,13 +175,27 @@ class Tensors:
         counters = [layer.batches for layer in self._statistics if layer.batches is not None]
         return [*self._tensors.values(), *counters]
 
-    def _parts(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, buffer: Floats) -> list[Pair]:
         flat = torch.from_numpy(buffer)
         parts = torch.split(flat, [tensor.numel() for tensor in self._tensors.values()])
         tensors = self._tensors.values()
         return [(t, part.view(t.shape)) for t, part in zip(tensors, parts, strict=True)]
 
-    def _pairs(self, buffer: Floats) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _here(self, buffer: Floats, *, back: bool = False) -> Iterable[Pair]:
+        """_pairs(), but of tensors that lie elsewhere their copies in memory (see Staging)."""
+        tensors = [t for t in self._tensors.values() if id(t) not in self._in_statistics]
+        devices = [tensor.device for tensor in tensors]
+        if devices != self._devices:  # the first time, and where a user moved the model
+            self._devices, self._staging = devices, None
+            away = [tensor if elsewhere(tensor) else None for tensor in tensors]
+            if any(tensor is not None for tensor in away):
+                from mesh.staging import Staging
+
+                self._staging = Staging(away)
+        pairs = self._pairs(buffer)
+        return pairs if self._staging is None else self._staging.visiting(pairs, back=back)
+
+    def _pairs(self, buffer: Floats) -> list[Pair]:
         """(tensor, its part) of everything that lies in the buffer as it is."""
         parts = self._parts(buffer)
         return [(t.detach(), part) for t, part in parts if id(t) not in self._in_statistics]
@@ -186,6 +208,11 @@ class Tensors:
             return []
         parts = {id(tensor): part for tensor, part in self._parts(buffer)}
         return [(la, parts[id(la.mean)], parts[id(la.variance)]) for la in self._statistics]
+
+
+def elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether the CPU cannot compute with it where it lies."""
+    return not tensor.is_cpu
 
 
 def _pieces(
