@@ -1,6 +1,6 @@
 # make demo   three nodes on this machine find each other and train one model
 # make test   lint, types and every test, in under ten minutes on two cores
-# make faults real faults on real nodes, at full length: twenty minutes, as root (FAULTS="--only kill")
+# make faults real faults on real nodes, at full length: a quarter of an hour, as root (FAULTS="--only kill")
 # make reliability  how soon deaths are found, how often wrongly, at what cost: in virtual time
 # make bench  what averaging costs in time, memory and patience, as a table and JSON each: ten minutes
 # make learning  digits on 16 virtual machines against one place: half an hour (LEARNING=--quick)
