@@ -26,13 +26,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from mesh.dtypes import RESOLUTION, TINY
 from mesh.errors import UsageError
-
-TINY: Final = 1e-10
-"""No variance is written below this: far under the 1e-5 that BatchNorm adds before it divides."""
-
-RESOLUTION: Final = 2.0**-22
-"""Of s: in float32 a difference of less cannot be told from rounding, so no variance is below it."""
 
 ADVICE: Final = (
     "the model has BatchNorm: its running statistics are averaged, but on uneven data its batches "

@@ -27,6 +27,7 @@ from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
 from mesh.core.strategies import KEPT_VECTORS, PAIR, check_strategy
+from mesh.dtypes import DTYPES
 from mesh.errors import MeshError, UsageError
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -42,7 +43,6 @@ MODEL_LIMIT_ENTRIES: Final = 2**33
 """32 GiB a replica: beyond what a machine that averages over its LAN holds four times."""
 
 LOSS_LIMIT: Final = 1e300
-DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 
 
 class Lines(Protocol):

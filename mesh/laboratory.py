@@ -292,7 +292,7 @@ class Laboratory:
         """A training holds its first weights."""
         machine.tensors, machine.weight, machine.final = tensors, weight, None
         machine.model = tensors.model
-        machine.schema = [(name, shape) for name, shape, _ in tensors.schema()]
+        machine.schema = tensors.schema()
         if not self.entries:
             self.entries = tensors.entries
             self._break_connections()

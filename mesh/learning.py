@@ -4,6 +4,7 @@ A trip: simulate() -> Conditions, checked -> Laboratory.run() -> each machine's 
 its steps, averaged() -> the last Look, of what each would evaluate or save -> LearningReport.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
@@ -13,6 +14,7 @@ import torch
 from mesh.arrays import Floats
 from mesh.codec import EXACT, check_codec
 from mesh.conditions import Conditions
+from mesh.dtypes import as_in_state_dict
 from mesh.errors import MeshError, UsageError
 from mesh.laboratory import Laboratory
 from mesh.learning_report import Accuracy, LearningReport, Look, NodeHistory, digest_of
@@ -232,10 +234,11 @@ def _evaluated(model: torch.nn.Module, evaluate: Evaluate) -> float:
 
 
 def _named(machine: Machine, flat: Floats) -> dict[str, Floats]:
-    """A flat vector by the names of the state dict, as the schema has them."""
+    """A flat vector by the names of the state dict, as that has them."""
     weights, start = {}, 0
-    for name, shape in machine.schema:
-        end = start + int(torch.Size(shape).numel())
+    flat = flat.copy()
+    for name, shape, _ in as_in_state_dict(machine.schema, flat):
+        end = start + math.prod(shape)
         weights[name] = flat[start:end].reshape(shape).copy()
         start = end
     return weights

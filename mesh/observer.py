@@ -26,6 +26,7 @@ from mesh.core.exchange import Initiation
 from mesh.core.messages import Member, RunInfo, SchemaEntry, SchemaPage, SchemaRequest
 from mesh.core.protocol import MeshProtocol
 from mesh.core.schema import ENTRIES_LIMIT, digest
+from mesh.dtypes import DTYPES
 from mesh.errors import MeshError, NotFinite, RemoteProtocolError, UsageError
 from mesh.frames import STALL_S, send_frame
 from mesh.initiator import Initiator
@@ -49,7 +50,6 @@ started knows nobody yet, and news take a moment."""
 
 REPORT_S: Final = 0.2
 MODEL_LIMIT_ENTRIES: Final = 2**33
-DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 
 Hear = Callable[[dict[str, Any], int | None], Awaitable[None]]
 """Tells whoever asked; with a descriptor of shared memory, once."""

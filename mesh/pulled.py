@@ -21,6 +21,7 @@ from mesh.arrays import Floats
 from mesh.client import LocalSocket, RunningNode
 from mesh.codec import BFloat16
 from mesh.disk import written_whole
+from mesh.dtypes import Schema, as_in_state_dict
 from mesh.errors import MeshError
 from mesh.shared import HandOverMemory
 
@@ -53,7 +54,7 @@ class PulledModel:
     """The mean of some replicas of a run, as it was a moment ago."""
 
     run: str
-    schema: list[tuple[str, tuple[int, ...], str]]
+    schema: Schema
     """name, shape, dtype of each tensor, in the order of `values`"""
     values: Floats
     """all tensors' numbers, one after the other, in float32"""
@@ -139,9 +140,7 @@ def pull_model(
                 case "pulled" if event:
                     return PulledModel(
                         run=run,
-                        schema=[
-                            (name, tuple(shape), dtype) for name, shape, dtype in answer["schema"]
-                        ],
+                        schema=as_in_state_dict(answer["schema"], memory.posted),
                         values=memory.posted,
                         mesh_step=event["mesh_step"],
                         averaged=event["averaged"],

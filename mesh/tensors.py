@@ -14,6 +14,7 @@ import torch
 
 from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
+from mesh.dtypes import MOMENT
 from mesh.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ class Tensors:
         return bool(self._statistics)
 
     def schema(self) -> list[list[Any]]:
-        """[name, shape, dtype] of each tensor."""
+        """[name, shape, dtype] of each tensor, as its numbers lie in a flat buffer (dtypes.py)."""
+        moments = {id(layer.variance) for layer in self._statistics}
         return [
-            [name, list(tensor.shape), DTYPES[tensor.dtype]]
+            [name, list(tensor.shape), DTYPES[tensor.dtype] + MOMENT * (id(tensor) in moments)]
             for name, tensor in self._tensors.items()
         ]
 

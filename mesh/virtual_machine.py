@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class Machine:
     model: torch.nn.Module | None = None
     tensors: Tensors | None = None
     """while its training is joined"""
-    schema: list[tuple[str, list[int]]] = field(default_factory=list)
+    schema: list[list[Any]] = field(default_factory=list)
     """(name, shape) of what is averaged"""
     weight: float = 1.0
     final: Floats | None = None

@@ -230,10 +230,12 @@ class RealNode:
 class NumpyTraining:
     """A training without torch: attaches to a node and holds the two buffers."""
 
-    def __init__(self, node, values, run="digits", *, exchanged=True):
+    def __init__(self, node, values, run="digits", *, exchanged=True, entries=None):
         """`exchanged`: it says that it met others before, so that peers average with it."""
         self.run = run
-        self.entries = (SchemaEntry(name="weight", shape=(len(values),), dtype="float32"),)
+        self.entries = entries or (
+            SchemaEntry(name="weight", shape=(len(values),), dtype="float32"),
+        )
         self.schema = digest(self.entries)
         self.link = LocalSocket(node.control)
         answer = self.link.request(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import BatchNorm1d
 
+import mesh
 from mesh.batchnorm import refresh
 from mesh.errors import UsageError
 from mesh.tensors import Tensors
@@ -184,6 +185,37 @@ def test_refreshed_statistics_are_those_of_the_batches_with_the_weights_as_they_
     variance = sum(rows.var(0) for rows in outputs) / 4
     assert torch.allclose(model[1].running_var, variance)
     assert (model.training, model[2].training, model[1].momentum) == (True, False, 0.1)
+
+
+def test_weights_taken_out_of_the_mesh_are_those_that_a_state_dict_has():
+    """Also of InstanceNorm, whose statistics have the same names and are averaged as they are."""
+
+    def build(rank):
+        model = torch.nn.Sequential(
+            torch.nn.Linear(FEATURES, 6),
+            torch.nn.BatchNorm1d(6),
+            torch.nn.Unflatten(1, (3, 2)),
+            torch.nn.InstanceNorm1d(3, track_running_stats=True),
+            torch.nn.Flatten(),
+        )
+        return model.double(), torch.optim.SGD(model.parameters(), lr=0.01), torch.nn.MSELoss()
+
+    def loader(rank):
+        rng = np.random.default_rng(rank)
+        while True:
+            yield data_of(rng, 8), torch.zeros(8, 6, dtype=torch.float64)
+
+    seen = []
+
+    def evaluate(model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return 0.0
+
+    report = mesh.simulate(build, loader, nodes=3, every=4, steps=30, evaluate=evaluate, seed=1)
+    averaged = seen[-1]  # the last look is at the averaged model
+    assert set(report.weights) == {name for name in averaged if "num_batches" not in name}
+    for name, value in report.weights.items():
+        torch.testing.assert_close(torch.tensor(value).double(), averaged[name], msg=name)
 
 
 def test_a_refresh_that_fails_leaves_statistics_and_modes_as_they_were():

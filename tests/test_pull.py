@@ -23,6 +23,7 @@ from mesh.pulled import PulledModel
 from mesh.responder import Responder
 from mesh.runs import RunSpec
 from mesh.shared import HandOverMemory
+from mesh.tensors import Tensors
 from nodes import render
 from nodes.cli import main
 from tests.helpers import Host, NumpyTraining, parsed
@@ -424,6 +425,27 @@ def test_a_machine_that_trains_nothing_writes_the_model_of_one_that_does(host, c
         os.kill(giver.pid, signal.SIGCONT)
     assert not list(host.root.glob("*m.safetensors*"))
     training.close()
+
+
+def test_a_batchnorms_variances_are_variances_in_the_file(host):
+    """Nodes average their second moments; a state dict has what the layer has."""
+    giver, asker = host.up_together("giver", "asker")
+    layer = torch.nn.BatchNorm1d(3)
+    layer.running_mean[:] = torch.tensor([5.0, -1.0, 0.0])
+    layer.running_var[:] = torch.tensor([0.25, 4.0, 1e-3])
+    tensors = Tensors(layer)
+    values = np.empty(tensors.entries, np.float32)
+    tensors.fill(values)
+    entries = [SchemaEntry(name=n, shape=tuple(s), dtype=d) for n, s, d in tensors.schema()]
+    training = NumpyTraining(giver, values, exchanged=False, entries=tuple(entries))
+    path = host.root / "m.safetensors"
+    host.mesh("pull", "--state", asker.state, "--run", "digits", "-o", path)
+    training.close()
+
+    pulled = torch.nn.BatchNorm1d(3)
+    pulled.load_state_dict(safetensors.torch.load_file(path), strict=False)
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(pulled.state_dict()[name], value, msg=name)
 
 
 # --------------------------------------------------------------------------------- what is printed

@@ -42,6 +42,7 @@ FLOORS = {
     "mesh/storage.py": 1,
     "mesh/memory.py": 1,
     "mesh/client.py": 1,
+    "mesh/dtypes.py": 1,
     "mesh/session.py": 1,
     "mesh/uninterrupted.py": 1,
     "mesh/launch.py": 1,

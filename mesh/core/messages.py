@@ -90,6 +90,7 @@ class SchemaEntry:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    """one of mesh/dtypes.py"""
 
 
 class Purpose(IntEnum):
