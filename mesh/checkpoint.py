@@ -26,9 +26,9 @@ from mesh.core.strategies import KEPT_VECTORS
 from mesh.disk import REAL_DISK, Disk
 from mesh.errors import UsageError
 from mesh.generations import generation_path, read_generation
+from mesh.named_tensors import load_named, named, storage_key
 from mesh.plain_values import decode, encode
 from mesh.rehearsal import rehearse
-from mesh.tensors import storage_key
 
 FORMAT: Final = "mesh.checkpoint/1"
 MODEL: Final = "model."
@@ -152,7 +152,7 @@ def _entries(
     tied: dict[str, str] = {}
     others: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in named(model).items():
         if not isinstance(value, torch.Tensor):
             others[name] = value
         elif (name_before := first.setdefault(storage_key(value), name)) != name:
@@ -229,7 +229,7 @@ def load_generation(
         raise UsageError(f"{path} is no checkpoint that can be read: {error}") from None
     except RecursionError:
         raise UsageError(f"{path} is no checkpoint: it is nested without end") from None
-    model.load_state_dict(entries)
+    load_named(model, entries)
     return info
 
 
@@ -336,7 +336,9 @@ def _fitting_state(
         raise ValueError("the optimizer's state of a parameter is no table")
     for group, own_group in zip(groups, own_groups, strict=True):
         for key, value in own_group.items():
-            if key not in group or not _alike(value, group[key]):
+            if key not in group and key != "lr":
+                group[key] = value  # of a schedule that was not there then, or of a newer torch
+            elif not _alike(value, group.get(key)):
                 raise ValueError(f"the optimizer's {key} is {str(group.get(key))[:40]}")
     rehearse(optimizer, state)
     return dict(state)
@@ -351,6 +353,8 @@ def _alike(own: Any, saved: Any) -> bool:
         case list() | tuple():
             same = isinstance(saved, list | tuple) and len(saved) == len(own)
             return same and all(_alike(a, b) for a, b in zip(own, saved, strict=True))
+        case torch.dtype():
+            return isinstance(saved, torch.dtype)
         case None:
             return saved is None or isinstance(saved, numbers)
         case _:

@@ -16,6 +16,7 @@ from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.dtypes import MOMENT
 from mesh.errors import UsageError
+from mesh.named_tensors import floating, refuse_not_finite, refuse_overlaps
 
 if TYPE_CHECKING:
     from mesh.staging import Staging
@@ -41,7 +42,7 @@ class Tensors:
     def __init__(self, model: torch.nn.Module) -> None:
         """Raises UsageError for a model that cannot be averaged."""
         self.model = model
-        self._tensors = _floating(model)
+        self._hold(floating(model))
         if not self._tensors:
             raise UsageError("the model has no floating-point parameters: nothing can be averaged")
         for name, tensor in self._tensors.items():
@@ -49,24 +50,28 @@ class Tensors:
                 raise UsageError(
                     f"{name} is {tensor.dtype}: only {', '.join(DTYPES.values())} can be averaged"
                 )
-        again = _floating(model)
+        again = floating(model)
         for name, tensor in self._tensors.items():
             if again.get(name) is not tensor:
                 raise UsageError(f"{name} is made anew by state_dict(): it cannot be averaged")
-        held = {id(tensor) for tensor in self._tensors.values()}
-        self._statistics = [
-            layer
-            for layer in running_statistics(model)
-            if id(layer.mean) in held and id(layer.variance) in held
-        ]
-        self._in_statistics = {
-            id(tensor) for layer in self._statistics for tensor in (layer.mean, layer.variance)
-        }
         self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
         self.entries = sum(tensor.numel() for tensor in self._tensors.values())
         if not self.entries:
             raise UsageError("the model's tensors are all empty: nothing can be averaged")
+
+    def _hold(self, tensors: dict[str, torch.Tensor]) -> None:
+        refuse_overlaps(tensors)
+        self._tensors = tensors
+        held = {id(tensor) for tensor in tensors.values()}
+        self._statistics = [
+            layer
+            for layer in running_statistics(self.model)
+            if id(layer.mean) in held and id(layer.variance) in held
+        ]
+        self._in_statistics = {
+            id(tensor) for layer in self._statistics for tensor in (layer.mean, layer.variance)
+        }
         self._devices: list[torch.device] = []
         self._staging: Staging | None = None
 
@@ -83,11 +88,20 @@ class Tensors:
             for name, tensor in self._tensors.items()
         ]
 
+    def check_finite(self) -> None:
+        """Raises UsageError for what no mesh would take."""
+        refuse_not_finite(self._tensors)
+
     def check(self) -> None:
-        """Raises UsageError if the model's layers were replaced, resized, added or removed."""
-        now = _floating(self.model)
+        """Raises UsageError if the model's layers were replaced, resized, added or removed.
+
+        A buffer that forward() makes anew is followed.
+        """
+        now = floating(self.model)
         for name, tensor in self._tensors.items():
             if now.get(name) is not tensor:
+                if _follows(now.get(name), tensor):
+                    continue
                 what = "is gone" if name not in now else "was replaced"
                 raise UsageError(
                     f"the model changed: {name} {what} since join(); change layers first, then join"
@@ -105,6 +119,8 @@ class Tensors:
         if len(now) != len(self._tensors):
             added = next(name for name in now if name not in self._tensors)
             raise UsageError(f"the model changed: {added} was added since join()")
+        if any(now[name] is not tensor for name, tensor in self._tensors.items()):
+            self._hold({name: now[name] for name in self._tensors})
 
     @torch.no_grad()
     def fill(self, flat: Floats) -> None:
@@ -217,6 +233,13 @@ def elsewhere(tensor: torch.Tensor) -> bool:
     return not tensor.is_cpu
 
 
+def _follows(now: torch.Tensor | None, before: torch.Tensor) -> bool:
+    """Whether a buffer took another's place, of which nobody but the model holds anything."""
+    if now is None or isinstance(now, torch.nn.Parameter) or isinstance(before, torch.nn.Parameter):
+        return False
+    return (now.shape, now.dtype, now.device) == (before.shape, before.dtype, before.device)
+
+
 def _pieces(
     tensor: torch.Tensor, last: torch.Tensor, offer: torch.Tensor, length: int
 ) -> Iterable[tuple[torch.Tensor, ...]]:
@@ -243,28 +266,3 @@ def _progress(tensor: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """What training added to a low-precision tensor since it was rounded from `last`, in float32."""
     now = tensor.to("cpu", torch.float32, copy=True)
     return now.sub_(last.to(tensor.dtype).to(torch.float32))
-
-
-def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors that are one under two names (tied weights)."""
-    if tensor.numel() and tensor.data_ptr():
-        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-    return (id(tensor),)
-
-
-def _floating(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Floating-point entries of the state dict by name; a tied tensor under its first name."""
-    found: dict[str, torch.Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if tensor.is_complex():
-            raise UsageError(f"{name} is complex: only real numbers can be averaged")
-        if not tensor.is_floating_point():
-            continue
-        same = storage_key(tensor)
-        if same not in seen:
-            seen.add(same)
-            found[name] = tensor
-    return found

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -83,7 +84,7 @@ def join(
     every = usual_every(strategy) if every is None else every
     check_strategy(strategy, weight)
     numbers = {"weight": weight, "patience": patience, "sync_timeout": sync_timeout}
-    _check(every, {**numbers, "checkpoint_every": checkpoint_every})
+    every = _check(run, every, {**numbers, "checkpoint_every": checkpoint_every})
     tensors = _tensors_of(model, optimizer)
     settings = settings or (NodeSettings(state=Path(state)) if state else NodeSettings())
     request = {
@@ -101,6 +102,7 @@ def join(
     autosave = None if checkpoint is None else Autosave(checkpoint, run, checkpoint_every)
     try:
         keeper = Keeper(model, optimizer, autosave)
+        tensors.check_finite()
         attachment = ATTACH.get()(tensors, settings, request, resumed=keeper.resumed)
     except BaseException:
         if autosave:
@@ -110,6 +112,13 @@ def join(
 
 
 def _tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Tensors:
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"join() takes the model, a torch.nn.Module, and not {_kind(model)}")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise UsageError(
+            f"join() takes one torch.optim.Optimizer, and not {_kind(optimizer)}; of several only one "
+            "may be QuasiGlobalSGD or is to be in the checkpoint: name that one, or none"
+        )
     tensors = Tensors(model)
     check_optimizer(model, optimizer)
     if tensors.has_batchnorm:
@@ -117,14 +126,22 @@ def _tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None)
     return tensors
 
 
-def _check(every: int, numbers: dict[str, float]) -> None:
-    if type(every) is not int or every < 1:
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _check(run: str, every: int, numbers: dict[str, float]) -> int:
+    """`every`, which numpy may have made."""
+    if not isinstance(run, str):
+        raise UsageError(f"run={run!r}: a name, as text")
+    if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
         raise UsageError(f"every={every!r}: a whole number of steps from 1")
     for name, value in numbers.items():
-        if not 0 <= value <= NUMBER_LIMIT:
+        if not isinstance(value, Real) or not 0 <= value <= NUMBER_LIMIT:
             raise UsageError(f"{name}={value!r}: a number from 0 to {NUMBER_LIMIT:g}")
     if numbers["weight"] == 0:
         raise UsageError("weight=0: a replica without weight would never be heard")
+    return int(every)
 
 
 class JoinedNode:
@@ -295,7 +312,7 @@ class JoinedNode:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close(hand_over=kind is None)
+        self._close(hand_over=kind is None or (isinstance(error, SystemExit) and not error.code))
 
     def _close(self, *, hand_over: bool) -> None:
         if self._closed:
