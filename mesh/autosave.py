@@ -30,6 +30,9 @@ LATE_S = 60.0
 """A checkpoint that is due waits so long for the next hand-over, where it wants something of it: a slow
 training hands over every minute or so. Then it is written without."""
 
+_USED_HERE: set[Path] = set()
+"""Files of trainings of this process: the lock below keeps only other processes out."""
+
 
 class Autosave:
     """Writes one run's checkpoints into a directory, `every_s` seconds apart or more."""
@@ -42,6 +45,13 @@ class Autosave:
         self._due_at = time.monotonic() + every_s
         self._thread: threading.Thread | None = None
         self._failing = False
+        self._lock = -1
+        self._key = self.path.resolve()
+        if self._key in _USED_HERE:
+            raise UsageError(
+                f"this process keeps checkpoints of run {run!r} in {directory} already: close() the "
+                "node that join() gave it first (in a notebook, before the cell runs again)"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -51,6 +61,7 @@ class Autosave:
                 f"cannot use {directory} for checkpoints: {error.strerror}; "
                 "choose another with checkpoint="
             ) from None
+        _USED_HERE.add(self._key)
         try:
             # Not flock: forked data loaders would hold that a while after a kill, and nothing could resume.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,9 +97,11 @@ class Autosave:
         """Whether it has been due for long."""
         return time.monotonic() >= self._due_at + LATE_S
 
-    def start(self, snapshot: Snapshot) -> None:
-        """Writes it in a thread of its own. Call only when one is due."""
+    def start(self, snapshot: Snapshot | None) -> None:
+        """Writes it, if there is one, in a thread of its own. Call only when one is due."""
         self._due_at = time.monotonic() + self._every_s
+        if snapshot is None:
+            return
         self._thread = threading.Thread(target=self._write, args=snapshot, name="mesh checkpoint")
         self._thread.start()
 
@@ -110,6 +123,7 @@ class Autosave:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+            _USED_HERE.discard(self._key)
 
     def _write(self, about: dict[str, object], tensors: bytes | bytearray) -> None:
         try:

@@ -6,6 +6,7 @@ moments, step counts and schedules stay local. 2. A merge after an absence (a re
 that was gone) brings in all that the mesh did meanwhile, and says nothing of momentum.
 """
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,14 @@ from typing import Any
 import torch
 
 from mesh.autosave import Autosave
-from mesh.checkpoint import snapshot
+from mesh.checkpoint import Snapshot, snapshot
+from mesh.errors import UsageError
 from mesh.generations import generation_path, write_generation
 from mesh.momentum import QuasiGlobalSGD
+from mesh.plain_values import encode
 from mesh.session import Session
+
+logger = logging.getLogger("mesh")
 
 
 class Keeper:
@@ -36,6 +41,10 @@ class Keeper:
         """the session that the momentum has been counting in since its last anchor"""
         self._mixed_at = 0
         """the step after which the mesh last changed the model"""
+        self._refused = False
+        """what is to be saved cannot be, which was told"""
+        if autosave is not None and optimizer is not None:
+            encode(optimizer.state_dict(), "optimizer", {})  # now, and not after an hour
         self.resumed = autosave.resume(model, optimizer) if autosave is not None else None
 
     def attached(self, session: Session | None, step: int) -> None:
@@ -69,7 +78,7 @@ class Keeper:
     def step(self, **figures: Any) -> None:
         """Writes a checkpoint in the background: one is due."""
         assert self._autosave is not None
-        self._autosave.start(snapshot(self._model, self._optimizer, **figures))
+        self._autosave.start(self._snapshot(**figures))
 
     def save(self, path: str | os.PathLike[str], **figures: Any) -> None:
         """Writes a checkpoint and waits for the disk. Raises MeshError."""
@@ -79,7 +88,17 @@ class Keeper:
     def finish(self, **figures: Any) -> None:
         """Writes the last checkpoint of this training."""
         if self._autosave is not None:
-            self._autosave.finish(snapshot(self._model, self._optimizer, **figures))
+            self._autosave.finish(self._snapshot(**figures))
+
+    def _snapshot(self, **figures: Any) -> Snapshot | None:
+        """None, told once, where something came up that cannot be saved: no reason to end a training."""
+        try:
+            return snapshot(self._model, self._optimizer, **figures)
+        except UsageError as error:
+            if not self._refused:
+                logger.warning("no checkpoint: %s; the one before stays, training goes on", error)
+            self._refused = True
+            return None
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written. Harmless twice."""

@@ -225,11 +225,11 @@ def _with(model: torch.nn.Module, flat: Floats, evaluate: Evaluate) -> float:
 
 
 def _evaluated(model: torch.nn.Module, evaluate: Evaluate) -> float:
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
         found = float(evaluate(model))
-    if model.training is not was_training:
-        model.train(was_training)
+    for module, mode in modes:  # one by one: a layer may be kept in eval()
+        module.training = mode
     return found
 
 

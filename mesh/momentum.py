@@ -102,7 +102,8 @@ class QuasiGlobalSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr_sum"] = 0.0
             for parameter in group["params"]:
-                if parameter.requires_grad:
+                # One that was frozen on the way is still moved by the mesh.
+                if parameter.requires_grad or parameter in self.state:
                     self._state(parameter)["a"].copy_(parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -5,15 +5,24 @@ decode() -> equal in every bit and every type. An object of the JSON has one key
 stands for:
 
     {"tensor": name}  {"tuple": [...]}  {"dict": {...}}  {"pairs": [[key, value], ...]}  {"float": "nan"}
+    {"dtype": "bfloat16"}
+
+A number of numpy's becomes one of Python's.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from mesh.errors import UsageError
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def encode(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -24,6 +33,10 @@ def encode(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     match value:
         case None | bool() | int() | str():
             return value
+        case np.generic():
+            return encode(value.item(), name, tensors)
+        case torch.dtype():
+            return {"dtype": str(value).removeprefix("torch.")}
         case float():
             return value if math.isfinite(value) else {"float": repr(value)}
         case torch.Tensor():
@@ -59,6 +72,8 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return {key: decode(v, tensors) for key, v in entries.items()}
         case {"pairs": list(entries)} if len(value) == 1:
             return dict(_pair(entry, tensors) for entry in entries)
+        case {"dtype": str(name)} if len(value) == 1 and name in DTYPES:
+            return DTYPES[name]
         case {"float": "nan" | "inf" | "-inf" as text} if len(value) == 1:
             return float(text)
     raise ValueError(f"{str(value)[:80]} is no value of a checkpoint")

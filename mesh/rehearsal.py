@@ -6,7 +6,8 @@ be -> each saved entry is compared: there, a tensor or a number as it should be,
 sizes or of 1 where the rehearsed one is.
 
 Rules: 1. Nothing here touches the optimizer that is to be loaded. 2. One that cannot be rehearsed (it
-wants a closure, sparse gradients, or is made in a way of its own) is taken at its word.
+wants a closure, sparse gradients, or is made in a way of its own) is taken at its word, and so is any but
+torch's and ours: what it keeps may depend on a parameter's size.
 """
 
 from collections import defaultdict
@@ -20,6 +21,8 @@ from mesh.errors import UsageError
 SIZES: Final = (2, 3, 5, 7)
 """Of a stand-in's dimensions, over and over: above 1, and never alike in two that lie side by side."""
 
+KNOWN: Final = ("torch", "mesh")
+
 CANNOT: Final = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
@@ -31,6 +34,8 @@ Entries = dict[str, Any]
 
 def rehearse(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Raises UsageError where `state`, of optimizer.state_dict()'s form, would fail at the next step."""
+    if type(optimizer).__module__.split(".")[0] not in KNOWN:
+        return
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         wanted: dict[tuple[int, torch.device], Entries] = {}
         for number, parameter in zip(saved["params"], group["params"], strict=True):

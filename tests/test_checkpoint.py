@@ -114,6 +114,46 @@ def test_every_optimizer_of_torch_goes_on_bit_by_bit(name, tmp_path):
     assert next(other.parameters()).stride() == next(model.parameters()).stride()
 
 
+class Factored(torch.optim.Optimizer):
+    """As Adafactor: large parameters have rows and columns, small ones every entry."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "dtype": torch.bfloat16})
+
+    @torch.no_grad()
+    def step(self, closure):
+        torch.enable_grad()(closure)()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if min(parameter.shape) > 10:
+                state.setdefault("row", parameter.mean(0))
+            else:
+                state.setdefault("each", torch.ones_like(parameter))
+            parameter.sub_(0.1 * parameter.grad)
+
+
+def test_an_optimizer_of_somebody_elses_is_taken_at_its_word(tmp_path):
+    models = [torch.nn.Linear(20, 20, bias=False) for _ in range(2)]
+    optimizers = [Factored(model.parameters()) for model in models]
+    train(models[0], optimizers[0], torch.ones(1, 20), 1)
+    save(tmp_path / "toy", models[0], optimizers[0])
+    mesh.load(tmp_path / "toy", models[1], optimizers[1])
+    kept, came = (o.state[m.weight]["row"] for m, o in zip(models, optimizers, strict=True))
+    assert torch.equal(kept, came)
+    assert optimizers[1].param_groups[0]["dtype"] is torch.bfloat16
+
+
+def test_settings_that_the_file_does_not_know_stay_the_optimizers_own(tmp_path):
+    """A schedule that was added since, or a newer torch."""
+    model = torch.nn.Linear(2, 2)
+    save(tmp_path / "toy", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    mesh.load(tmp_path / "toy", model, optimizer)
+    [group] = optimizer.param_groups
+    assert (group["lr"], group["initial_lr"]) == (0.1, 0.3)
+
+
 def described(optimizer, model):
     """Type and order in memory of each tensor of the optimizer's state."""
     [state] = [optimizer.state[p] for p in model.parameters()]

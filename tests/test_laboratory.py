@@ -67,6 +67,33 @@ def lab(loader=one_class_each, **changes):
 # ------------------------------------------------------------------------------------ what is found
 
 
+def test_looking_on_the_way_leaves_each_layer_in_its_mode():
+    """A BatchNorm that is kept in eval() is not trained because somebody looked."""
+    modes = set()
+
+    def build(rank):
+        model = torch.nn.Sequential(torch.nn.Linear(INPUTS, CLASSES), torch.nn.BatchNorm1d(CLASSES))
+        model[1].eval()
+        return (
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda out, y: (
+                modes.add(model[1].training) or torch.nn.functional.cross_entropy(out, y)
+            ),
+        )
+
+    def evaluate(model):
+        model.eval()
+        found = accuracy(model)
+        model.train()
+        return found
+
+    mesh.simulate(
+        build, all_classes, nodes=2, every=2, steps=6, evaluate=evaluate, evaluate_every=2
+    )
+    assert modes == {False}
+
+
 def test_one_seed_gives_one_report_to_the_bit_and_leaves_the_process_as_it_was():
     hard = {
         "loss_of_connections": 0.2,

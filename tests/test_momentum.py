@@ -179,3 +179,24 @@ def test_a_closure_a_frozen_parameter_and_bad_settings():
     for bad in ({"lr": -1.0}, {"momentum": 1.0}, {"mu": 1.0}, {"weight_decay": float("nan")}):
         with pytest.raises(mesh.UsageError, match=next(iter(bad))):
             mesh.QuasiGlobalSGD([used], **bad)
+
+
+def test_a_parameter_that_is_frozen_on_the_way_counts_each_of_its_moves_once():
+    """The mesh still moves it: momentum shrinks by mu at each mixing, and takes up (a - x) / lr."""
+    rng = np.random.default_rng(3)
+    values = parameters(rng)
+    optimizer = mesh.QuasiGlobalSGD(values, lr=0.1)
+    reference = Reference(values[0])
+    [gradient, _] = step(optimizer, values, rng)
+    reference.step(gradient, 0.1)
+    values[0].requires_grad_(False)
+    for move in (0.5, 0.25, 0.0, 0.0):
+        values[1].grad = torch.zeros_like(values[1])
+        values[0].grad = None
+        optimizer.step()
+        with torch.no_grad():
+            values[0].add_(move)
+        reference.lr_sum = optimizer.param_groups[0]["lr_sum"]
+        reference.mix(move, counts=False)
+        optimizer.mixed()
+        np.testing.assert_allclose(optimizer.state[values[0]]["m"].numpy(), reference.m, rtol=1e-9)

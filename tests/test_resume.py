@@ -222,6 +222,55 @@ def test_two_trainings_do_not_keep_their_checkpoints_in_one_file(tmp_path):
     Autosave(tmp_path, "toy", 60.0).close()
 
 
+def test_a_second_training_of_one_process_is_refused_before_it_touches_anything(tmp_path):
+    """A cell of a notebook that runs again: the model has gone on since the checkpoint."""
+    model, optimizer = make(1)
+    first = Autosave(tmp_path, "toy", 60.0)
+    first.start(snapshot(model, optimizer, step=1, **FIGURES))
+    first._thread.join()
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)
+    with pytest.raises(
+        mesh.UsageError, match=r"this process keeps checkpoints of run 'toy'.*close"
+    ):
+        mesh.join(model, optimizer, run="toy", checkpoint=tmp_path / "." / "x" / "..")
+    assert (model[0].weight == 7.0).all()
+    command = [sys.executable, "-S", "-c", HOLD.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")]
+    path = first.path.with_suffix(".lock")
+    other = subprocess.run([*command, path], check=False, capture_output=True, text=True)
+    assert "BlockingIOError" in other.stderr, "the first still holds the file"
+    first.close()
+    Autosave(tmp_path, "toy", 60.0).close()
+
+
+def test_what_comes_to_be_unsavable_is_told_once_and_training_goes_on(tmp_path, caplog):
+    model, optimizer = make(1)
+    keeper = Keeper(model, optimizer, Autosave(tmp_path, "toy", 0.0))
+    keeper.step(step=1, **FIGURES)
+    optimizer.param_groups[0]["lr"] = np.float32(0.25)  # a schedule of numpy's
+    keeper.close()
+    keeper = Keeper(model, optimizer, Autosave(tmp_path, "toy", 0.0))
+    assert keeper.resumed.step == 1
+    optimizer.param_groups[0]["lr"] = np.linspace(0, 1, 3, dtype=np.float32)[1]
+    keeper.step(step=2, **FIGURES)
+    optimizer.param_groups[0]["note"] = print
+    for step in (3, 4):
+        keeper.step(step=step, **FIGURES)
+    keeper.finish(step=5, **FIGURES)
+    told = [record.getMessage() for record in caplog.records if "no checkpoint" in record.message]
+    assert len(told) == 1
+    assert "note is builtin_function_or_method" in told[0]
+    del optimizer.param_groups[0]["note"]
+    with contextlib.closing(Autosave(tmp_path, "toy", 0.0)) as saver:
+        assert saver.resume(model, optimizer).step == 2
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+    optimizer.param_groups[0]["note"] = print
+    saver = Autosave(tmp_path, "other", 0.0)
+    with pytest.raises(mesh.UsageError, match="note is builtin"), contextlib.closing(saver):
+        Keeper(model, optimizer, saver)
+
+
 def test_a_run_of_any_name_has_a_file_and_a_file_of_another_run_is_told(tmp_path):
     names = ("toy", "a/b", "..", "a b", "äöü", "x" * 64, "_" * 64, "a_b")
     savers = [Autosave(tmp_path, name, 60.0) for name in names]
