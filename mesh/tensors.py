@@ -17,6 +17,7 @@ from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.dtypes import MOMENT
 from mesh.errors import UsageError
 from mesh.named_tensors import floating, refuse_not_finite, refuse_overlaps
+from mesh.spectral import directions, set_lengths
 
 if TYPE_CHECKING:
     from mesh.staging import Staging
@@ -72,6 +73,7 @@ class Tensors:
         self._in_statistics = {
             id(tensor) for layer in self._statistics for tensor in (layer.mean, layer.variance)
         }
+        self._directions = directions(self.model)
         self._devices: list[torch.device] = []
         self._staging: Staging | None = None
 
@@ -138,6 +140,7 @@ class Tensors:
             tensor.copy_(part)
         for layer, mean, second in self._moments(flat):
             layer.write(mean, second)
+        set_lengths(self._directions)
 
     @torch.no_grad()
     def collect(self, posted: Floats) -> None:
@@ -178,6 +181,7 @@ class Tensors:
             for last, offer, value in zip(last_two, offers, added, strict=True):
                 last.copy_(value.add_(offer))
             layer.write(*last_two)
+        set_lengths(self._directions)  # at the next hand-over a part of the training's progress
 
     @torch.no_grad()
     def copies(self) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import mesh
 from mesh.checkpoint import load, snapshot
@@ -151,6 +152,30 @@ def test_a_wrapper_changes_neither_the_schema_nor_the_checkpoint(tmp_path):
             assert not torch.equal(wanted, torch.zeros(2, 3))
             with torch.no_grad():
                 plain[0].weight.copy_(wanted)
+
+
+@pytest.mark.parametrize("normalised", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_spectral_norm_divides_by_what_its_weight_stretches(normalised):
+    """Two replicas whose u and v point elsewhere: their mean is shorter than 1, and is made 1 again."""
+    torch.manual_seed(3)
+    model = nn.Sequential(normalised(nn.Linear(6, 4)), normalised(nn.Conv2d(2, 3, 2)))
+    averaged = Tensors(model)
+    posted, other = (np.zeros(averaged.entries, np.float32) for _ in range(2))
+    averaged.fill(posted)
+    vectors = [b for name, b in model.named_buffers() if name.endswith(("_u", "_v"))]
+    assert len(vectors) == 4
+    before = [vector.clone() for vector in vectors]
+    for vector in vectors:
+        vector.copy_(nn.functional.normalize(torch.randn_like(vector), dim=0))
+    averaged.fill(other)
+    expected = [nn.functional.normalize(a + b, dim=0) for a, b in zip(before, vectors, strict=True)]
+    mean = (posted + other) / 2
+    for bring_in in (averaged.load, lambda mean: averaged.merge(posted, mean)):
+        for vector, start in zip(vectors, before, strict=True):
+            vector.copy_(start)
+        bring_in(mean)
+        for vector, wanted in zip(vectors, expected, strict=True):
+            torch.testing.assert_close(vector, wanted)
 
 
 def test_arguments_of_another_kind_are_refused_in_words():
