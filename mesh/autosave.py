@@ -49,8 +49,8 @@ class Autosave:
         self._key = self.path.resolve()
         if self._key in _USED_HERE:
             raise UsageError(
-                f"this process keeps checkpoints of run {run!r} in {directory} already: close() the "
-                "node that join() gave it first (in a notebook, before the cell runs again)"
+                f"this process keeps checkpoints of run {run!r} in {directory} already: close() what "
+                "join() gave before (in a notebook), or give each training a directory of its own"
             )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
