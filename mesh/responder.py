@@ -32,6 +32,7 @@ from mesh.core.messages import (
 )
 from mesh.core.schedule import Relation, relation
 from mesh.core.schema import page_of
+from mesh.core.strategies import EXACT
 from mesh.errors import NotFinite, RemoteProtocolError, StreamLost
 from mesh.frames import SEND_S, STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
@@ -148,7 +149,14 @@ class Responder:
             reason, position = self._out_of_turn(message.run, peer, message.turn) or (None, None)
         if reason is None and not message.pull:
             reason = self._runs[message.run].responses.open(
-                peer, message.exchange, message.start, message.codec, message.first, message.end
+                peer,
+                message.exchange,
+                message.start,
+                message.codec,
+                message.first,
+                message.end,
+                weight=message.weight,
+                turn=message.turn,
             )
         if reason is None:
             run = self._runs[message.run]
@@ -195,6 +203,8 @@ class Responder:
         if message.pull:
             taking = run.current is not None and run.current.pull and not run.current.clip
             return "taking weights itself" if taking else None
+        if (message.turn is not None) != (message.strategy == EXACT):
+            return "a turn belongs to exact rounds, and to each of them"
         if message.weight + run.spec.weight <= 0:
             return "two replicas of weight 0"
         theirs = RunInfo(

@@ -154,7 +154,7 @@ def _member(value: Any) -> Member:
     return row
 
 
-_turn = record(Turn, view=text(16), position=_counter, step=length)
+_turn = record(Turn, view=text(16), position=_counter, step=part)
 _entry = record(SchemaEntry, name=text(256), shape=many(whole(0, 2**40), 16), dtype=text(16))
 _hello = record(
     Hello,

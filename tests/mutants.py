@@ -86,10 +86,10 @@ def waits_for_ever(self, node, suspicion, now):
     return []
 
 
-def begins_anew(self, initiator, exchange, start, codec, first=0, end=None):
+def begins_anew(self, initiator, exchange, start, codec, first=0, end=None, **terms):
     """A resumed exchange is a new one to its responder."""
     self.forget(initiator)
-    return self_open(self, initiator, exchange, first, codec, first, end)
+    return self_open(self, initiator, exchange, first, codec, first, end, **terms)
 
 
 self_open = Responses.open

@@ -31,6 +31,7 @@ from mesh.core.messages import (
     Purpose,
     RunInfo,
     State,
+    Turn,
 )
 from mesh.core.protocol import MeshProtocol
 from mesh.core.schedule import Relation, relation
@@ -436,5 +437,21 @@ def test_an_exchange_that_is_not_known_here_is_not_resumed():
         responses.open(A, 7, 0, "f32")
     with pytest.raises(RemoteProtocolError):
         responses.open(A, 8, 3, "f32")
-    with pytest.raises(RemoteProtocolError, match="resumes in int8, began in f32"):
-        responses.open(A, 8, 0, "int8")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"codec": "int8"},
+        {"weight": 1e12},
+        {"turn": None},
+        {"turn": Turn(view="v", position=3, step=1.0)},
+    ],
+)
+def test_an_exchange_is_resumed_on_the_terms_that_it_began_with_or_not_at_all(other):
+    responses = Responses(20, lambda _: None)
+    terms = {"codec": "f32", "weight": 1.0, "turn": Turn(view="v", position=3, step=0.5)}
+    assert responses.open(A, 8, 0, **terms) is None
+    assert responses.open(A, 8, 0, **terms) is None
+    with pytest.raises(RemoteProtocolError, match="resumes on"):
+        responses.open(A, 8, 0, **{**terms, **other})

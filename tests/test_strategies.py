@@ -540,3 +540,4 @@ def test_a_strategy_that_there_is_not_is_named():
 def test_the_step_of_an_exact_round_is_the_rounds():
     assert share(3.0, 1.0) == 0.75
     assert share(1.0, 1.0, turn=Turn(view="v", position=0, step=0.8)) == 0.8
+    assert share(1.0, 1.0, turn=Turn(view="v", position=0, step=1e38)) == 1.0, "never beyond"

@@ -160,7 +160,7 @@ entries = st.builds(
     shape=st.lists(st.integers(0, 2**40), max_size=16).map(tuple),
     dtype=text(16),
 )
-turns = st.builds(Turn, view=text(16), position=counters, step=weights)
+turns = st.builds(Turn, view=text(16), position=counters, step=st.floats(0, 1))
 rates = st.floats(0, 1e15)
 maybe_figures = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 reports = st.builds(
@@ -407,7 +407,26 @@ def opened_with(weight, clock):
     return b"\x94\x08\x01\xcb" + struct.pack(">d", weight) + b"\xcb" + struct.pack(">d", clock)
 
 
+def asked_with(step):
+    """An OpenExchange of an exact round with this step."""
+    opening = OpenExchange(
+        exchange=1,
+        run="r",
+        schema="s",
+        weight=1.0,
+        start=0,
+        pull=False,
+        started=True,
+        exchanged=True,
+        progress=0,
+        codec="f32",
+        turn=Turn(view="v", position=0, step=step),
+    )
+    return header_of(opening)
+
+
 HOSTILE_HEADERS = {
+    "a step beyond the other replica": asked_with(1.5),
     "an empty header": b"",
     "no list": b"\xc0",
     "an empty list": b"\x90",

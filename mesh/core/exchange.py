@@ -39,10 +39,8 @@ def share(theirs: float, mine: float, *, part: float = 1.0, turn: Turn | None = 
     `theirs` and `mine` are the weights p of the two replicas; they sum to more than 0. In an exact
     round the step is that of its `turn`.
     """
-    if turn is not None:
-        return turn.step
-    step = theirs / (mine + theirs)
-    return part * step
+    step = part * theirs / (mine + theirs) if turn is None else turn.step
+    return min(step, 1.0)  # whatever a peer said: nobody moves beyond the other
 
 
 LEAST_PART = 1 / 64
@@ -169,7 +167,8 @@ def moved(asked: Iterable[Initiation], index: int, step: float) -> None:
 @dataclass(slots=True)
 class _Record(Generic[Reply]):
     exchange: int
-    codec: str
+    terms: tuple[str, float, Turn | None]
+    """codec, weight and turn of the first opening: kept replies were written on them"""
     applied: int
     end: int
     used: float = 0.0
@@ -201,9 +200,13 @@ class Responses(Generic[Reply]):
         codec: str,
         first: int = 0,
         end: int | None = None,
+        *,
+        weight: float = 1.0,
+        turn: Turn | None = None,
     ) -> str | None:
-        """Begins an exchange of the fragments [first, end), or resumes it at `start`; returns why
-        not, or None."""
+        """Begins an exchange of the fragments [first, end), or resumes it at `start`, on the terms
+        that it began with; returns why not, or None."""
+        terms = codec, weight, turn
         end = self._fragments if end is None else end
         if not first <= start <= end <= self._fragments:
             raise RemoteProtocolError(f"starts at {start} of {first}..{end}")
@@ -211,8 +214,8 @@ class Responses(Generic[Reply]):
         if record is not None and record.exchange == exchange:
             if start > record.applied:
                 raise RemoteProtocolError(f"resumes at {start}, applied {record.applied}")
-            if record.codec != codec:
-                raise RemoteProtocolError(f"resumes in {codec}, began in {record.codec}")
+            if record.terms != terms:
+                raise RemoteProtocolError(f"resumes on {terms}, began on {record.terms}")
             return None
         if start > first:
             return "this exchange is not known here"
@@ -221,7 +224,7 @@ class Responses(Generic[Reply]):
         self.forget(initiator)
         if len(self._records) >= RECORDS_LIMIT:
             self._forget_one()
-        self._records[initiator] = _Record(exchange=exchange, codec=codec, applied=first, end=end)
+        self._records[initiator] = _Record(exchange=exchange, terms=terms, applied=first, end=end)
         return None
 
     def knows(self, initiator: NodeId, exchange: int) -> bool:

@@ -1,0 +1,160 @@
+"""Members with a valid certificate that say what no honest one would, to whole nodes in virtual time.
+
+What a real process does with bad bytes is in test_bad_input.py; here every frame is well formed.
+"""
+
+import numpy as np
+import pytest
+import trio
+
+from mesh.core.address import Address
+from mesh.core.messages import (
+    PROTOCOL,
+    Ack,
+    ExchangeOpened,
+    ExchangeRefused,
+    Fragment,
+    Hello,
+    Member,
+    OpenExchange,
+    Ping,
+    Purpose,
+    RunInfo,
+    State,
+    Turn,
+)
+from mesh.errors import MeshError
+from mesh.frames import send_frame
+from mesh.links import dial, greet
+from mesh.net.simulated import SimulatedTransport
+from mesh.player import Player
+from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
+
+
+class Hostile:
+    """A member that is played by a test. It answers pings, and exchanges as `bulk` says."""
+
+    def __init__(self, mesh, index=99, runs=(), bulk=None):
+        self.me, self.at = node_id(index), Address(f"10.0.0.{index}", 7710)
+        self.row = Member(
+            node=self.me,
+            name="hostile",
+            incarnation=1,
+            state=State.ALIVE,
+            addresses=(self.at,),
+            runs=runs,
+        )
+        self.heard = []
+        self._transport = SimulatedTransport(mesh.network, self.me, self.at)
+        self._bulk = bulk
+
+    def hello(self, purpose=Purpose.CONTROL):
+        return Hello(
+            protocol=PROTOCOL,
+            name="hostile",
+            purpose=purpose,
+            member=self.row,
+            instance=5,
+            age_ms=1,
+        )
+
+    async def dial(self, index, purpose=Purpose.CONTROL):
+        """A greeted connection to a node."""
+        return await dial(
+            self._transport, [Address(f"10.0.0.{index}", 7710)], lambda: self.hello(purpose)
+        )
+
+    async def join(self, nursery, *indexes):
+        """Is connected to these nodes from now on; returns the connections."""
+        peers = [await self.dial(index) for index in indexes]
+        for peer in peers:
+            nursery.start_soon(self._live, peer)
+        return peers
+
+    async def serve(self):
+        await self._transport.serve(self._welcome, lambda addresses: None)
+
+    async def _welcome(self, stream):
+        try:
+            peer = await greet(stream, self.hello())
+            if peer.hello.purpose is Purpose.CONTROL:
+                await self._live(peer)
+            elif self._bulk is not None:
+                await self._bulk(peer)
+        except MeshError:
+            pass
+
+    async def _live(self, peer):
+        try:
+            while True:
+                message, _ = await peer.reader.message(timeout_s=600)
+                self.heard.append(message)
+                if isinstance(message, Ping):
+                    await send_frame(
+                        peer.stream, Ack(sequence=message.sequence, table=message.table)
+                    )
+        except MeshError:
+            pass
+
+
+async def training_mesh(mesh, indexes, *, strategy="pair", posts=0):
+    """Runs that met, on these nodes."""
+    players = []
+    for index in indexes:
+        player = Player(np.full(6, index, dtype=np.float32), strategy=strategy)
+        await player.attach(mesh.nodes[index])
+        players.append(player)
+    await until(lambda: all(p.begun and p.node.exchanged(p.run) for p in players))
+    for _ in range(posts):
+        for player in players:
+            await player.post(waits=True)
+        await trio.sleep(0.1)
+    return players
+
+
+def run_of(player, **changes):
+    """How a hostile row names the run."""
+    info = player.node._protocol.run_info("toy")
+    return RunInfo(**{name: getattr(info, name) for name in info.__dataclass_fields__} | changes)
+
+
+def opening(player, **changes):
+    spec = player.run.spec
+    fields = {
+        "exchange": 1,
+        "run": "toy",
+        "schema": spec.schema,
+        "weight": 1.0,
+        "start": 0,
+        "pull": False,
+        "started": True,
+        "exchanged": True,
+        "progress": 0,
+        "codec": "f32",
+        "strategy": spec.strategy,
+    }
+    return OpenExchange(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "turn"),
+    [("pair", Turn(view="", position=0, step=1.0)), ("exact", None)],
+)
+def test_a_turn_is_believed_in_exact_rounds_only_and_is_there_in_each(strategy, turn):
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            players = await training_mesh(mesh, (1, 2), strategy=strategy)
+            before = players[0].weights.copy()
+            peer = await Hostile(mesh).dial(1, Purpose.BULK)
+            await send_frame(peer.stream, opening(players[0], turn=turn))
+            answer, _ = await peer.reader.message(timeout_s=5)
+            if isinstance(answer, ExchangeOpened):
+                body = np.full(6, 1e6, np.float32).tobytes()
+                await send_frame(peer.stream, Fragment(exchange=1, index=0, received=0), body)
+                await peer.reader.message(timeout_s=5, bodies=True)
+            return answer, before.tolist(), players[0].weights.tolist()
+
+    answer, before, after = run_seeded(main, 1)
+    assert isinstance(answer, ExchangeRefused)
+    assert "a turn belongs to exact rounds" in answer.reason
+    assert after == before
