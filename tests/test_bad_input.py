@@ -488,7 +488,7 @@ def test_lies_about_a_node_itself_are_refuted(bad, victim):
     for state, incarnation in [
         (State.DEAD, now + 100),
         (State.LEFT, now + 10_000),
-        (State.LEFT, INCARNATION_LIMIT - 1),
+        (State.LEFT, INCARNATION_LIMIT - 2),
     ]:
         connection.say(Members(members=(row(node=own, state=state, incarnation=incarnation),)))
 

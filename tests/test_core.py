@@ -101,8 +101,13 @@ def test_a_node_refutes_a_rumour_of_its_end_above_the_incarnation_of_the_rumour(
 def test_nobody_is_pushed_to_an_incarnation_that_cannot_be_raised():
     membership = Membership(row(ME, 5))
     membership.merge([row(ME, INCARNATION_LIMIT, State.DEAD), row(A, INCARNATION_LIMIT)])
+    membership.merge([row(ME, INCARNATION_LIMIT - 1, State.DEAD)])
+    membership.merge([row(A, INCARNATION_LIMIT - 1, State.LEFT)])
     assert membership.own.incarnation == 5
     assert membership.others == {}
+    rumours = [row(ME, INCARNATION_LIMIT - 2, State.DEAD), row(ME, INCARNATION_LIMIT - 1)]
+    assert membership.merge(rumours) == [membership.own]
+    assert membership.merge(rumours) == [], "what changes nothing is no news"
 
 
 def test_the_table_is_bounded_and_forgets_the_gone_before_the_living():

@@ -1,6 +1,7 @@
 """The failure detector: suspicion and local health alone, then several cores joined back to back."""
 
 import heapq
+from dataclasses import replace
 from itertools import count, pairwise
 from random import Random
 
@@ -21,6 +22,7 @@ from mesh.core.findings import Gone, Silent, Tell
 from mesh.core.health import LAG_S, WORST, Health
 from mesh.core.membership import (
     INCARNATION_BLOCK,
+    INCARNATION_LIMIT,
     KEEP_ENDED_S,
     TELL_ENDED_S,
     Membership,
@@ -517,6 +519,22 @@ def joined(*nodes):
             wires.connect(a, b)
     wires.run(3.0)
     return wires
+
+
+@pytest.mark.parametrize("below", [1, 2])
+def test_a_lie_at_the_last_incarnation_starts_no_storm_of_messages(below):
+    wires = joined(ME, A, B, C, NodeId("d" * 16))
+    number = next(n for (node, n), (peer, _) in wires.ends.items() if (node, peer) == (A, C))
+    lie = replace(
+        wires.cores[A].peers.membership.others[B],
+        incarnation=INCARNATION_LIMIT - below,
+        state=State.DEAD,
+    )
+    wires.sent.clear()
+    wires.do(A, ev.Received(node=C, connection=number, message=Members(members=(lie,))))
+    wires.run(wires.now + 0.015)
+    assert len(wires.sent) < 100
+    assert {wires.states(node)[B] for node in (ME, A, C)} == {"alive"}
 
 
 def test_a_silent_member_is_suspect_then_dead_at_all_within_five_seconds():

@@ -16,6 +16,7 @@ from mesh.core.contacts import CONNECTIONS_LIMIT
 from mesh.core.detector import Detector
 from mesh.core.findings import Gone
 from mesh.core.membership import (
+    INCARNATION_LIMIT,
     KEEP_ENDED_S,
     MEMBERS_LIMIT,
     TELL_ENDED_S,
@@ -50,7 +51,7 @@ def rows(draw, nodes=tuple(NODES)):
     return Member(
         node=draw(st.sampled_from(nodes)),
         name=draw(st.sampled_from(("one", "two"))),
-        incarnation=draw(st.integers(0, 2)),
+        incarnation=draw(st.sampled_from((0, 1, 2, INCARNATION_LIMIT - 2, INCARNATION_LIMIT - 1))),
         state=state,
         addresses=(Address("10.0.0.1", draw(st.sampled_from((1000, 1001)))),),
         runs=draw(st.sampled_from(((), (TRAINING,)))),

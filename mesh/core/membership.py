@@ -139,7 +139,8 @@ class Membership:
         news: list[Member] = []
         refuted = False
         for row in rows:
-            if row.incarnation >= INCARNATION_LIMIT:
+            # The last incarnation is for the living: an end at it could not be refuted.
+            if row.incarnation >= INCARNATION_LIMIT - (row.state is not State.ALIVE):
                 continue
             if row.node == self._own.node:
                 refuted |= self._refute(row)
@@ -233,8 +234,7 @@ class Membership:
         if not same and not supersedes(rumour, own):
             return False
         raised = min(rumour.incarnation + 1, INCARNATION_LIMIT - 1)
-        self._own_row(replace(own, incarnation=raised))
-        return True
+        return self._own_row(replace(own, incarnation=raised)) != own
 
     def _own_row(self, row: Member) -> Member:
         self._own, version = known(row)
