@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import trio
 
-from mesh import history, journal
+from mesh import history, journal, wire
 from mesh.alarm import JumpClock
 from mesh.answers import Answers
 from mesh.bench import BLOCK_BYTES, measure
@@ -33,7 +33,7 @@ from mesh.core.questions import (
     PASSED_S,
     Questions,
 )
-from mesh.core.reports import TELLINGS, ReportTable
+from mesh.core.reports import AGE_LIMIT_MS, TELLINGS, ReportTable
 from mesh.desk import TEXT_LIMIT
 from mesh.errors import MeshError, NodeRefused, NodeTimeout, UsageError
 from mesh.history import POINTS_LIMIT, Curve, Mark, Meter, Point
@@ -362,6 +362,17 @@ def test_figures_of_others_are_the_newest_and_only_of_what_the_table_knows():
     table.row_changed(gone)
     assert table.of(node_id(1), "toy", 11.0) is None
     assert table._count == 0
+
+
+def test_figures_that_are_as_old_as_the_wire_can_say_are_handed_on_in_frames_that_are_taken():
+    membership = Membership(first_row(node_id(0), "n0", 1, ()))
+    membership.merge(crowd(1))
+    table = ReportTable(membership)
+    old = Report(node=node_id(1), run="toy", serial=5, age_ms=2**63, figures=figures(50))
+    table.heard([old], 10.0)
+    news = table.news(12.0)
+    assert wire.decode(wire.encode(news)[wire.PREFIX_BYTES :]) == news
+    assert news.reports[0].age_ms == AGE_LIMIT_MS + 2000
 
 
 def crowd(count):

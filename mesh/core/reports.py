@@ -25,6 +25,10 @@ FEWEST = 4
 nodes 32 beside each probe and each answer were a third of all that a node did, for figures that nobody
 reads one by one."""
 
+AGE_LIMIT_MS = 86_400_000
+"""A day: older is old. Whoever hands a report on adds the time that it was kept here, and an age beyond
+what the wire carries would make the next node hang up on an honest one."""
+
 REPORTS_KEPT = 8192
 """Two runs on each of 4096 members."""
 
@@ -63,7 +67,7 @@ class ReportTable:
             if not self._trains(report.node, report.run) or self._invented(report):
                 continue
             if held is not None or self._count < REPORTS_KEPT:
-                self._keep(report, now - report.age_ms / 1000)
+                self._keep(report, now - min(report.age_ms, AGE_LIMIT_MS) / 1000)
 
     def _invented(self, report: Report) -> bool:
         """Whether its serial is beyond what its owner can have come to: it would never be replaced."""
