@@ -6,6 +6,7 @@ full outbox drops and counts, push/pull repairs it later. 2. One task writes a s
 3. Whatever goes wrong on a connection ends that connection, with a reason, and nothing else.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from mesh.core.strangers import version_refusal
 from mesh.errors import (
     ConnectionRefused,
     IdentityError,
+    LocalProtocolError,
     MeshError,
     PeerTimeout,
     RemoteProtocolError,
@@ -36,6 +38,8 @@ from mesh.errors import (
 )
 from mesh.frames import SEND_S, FrameReader, send_frame
 from mesh.net.transport import Stream, Transport
+
+logger = logging.getLogger("mesh")
 
 GREETING_S: Final = 5.0
 """From an open stream to the other side's Hello."""
@@ -228,7 +232,8 @@ class Links:
         self.refused: Counter[str] = Counter()
         """what was turned away, by kind: tls, protocol, schema, non_finite, ..."""
         self.dropped = 0
-        """messages that did not fit into a slow peer's outbox"""
+        """messages that did not fit into a slow peer's outbox, or not into a frame"""
+        self._unfit: set[type] = set()
 
     async def run(self, peer: Peer, contact: str | None) -> None:
         """Lives as long as a control connection. Closes its stream."""
@@ -298,16 +303,28 @@ class Links:
     async def _write(self, link: _Link, take: trio.MemoryReceiveChannel[ControlMessage]) -> None:
         try:
             async for message in take:
-                frames = wire.encode(message)
+                frames = self._frame(message)
                 try:
                     while len(frames) < TOGETHER_BYTES:
-                        frames += wire.encode(take.receive_nowait())
+                        frames += self._frame(take.receive_nowait())
                 except (trio.WouldBlock, trio.EndOfChannel):
                     pass
-                await link.stream.send_all(frames, SEND_S)
+                if frames:
+                    await link.stream.send_all(frames, SEND_S)
         except MeshError as error:
             link.reason = link.reason or str(error)
         link.scope.cancel()
+
+    def _frame(self, message: ControlMessage) -> bytes:
+        """Empty where it does not fit: that is our own mistake, which no peer has to answer for."""
+        try:
+            return wire.encode(message)
+        except LocalProtocolError as error:
+            self.dropped += 1
+            if type(message) not in self._unfit:
+                self._unfit.add(type(message))
+                logger.error("%s: dropped", error)
+            return b""
 
     async def _read(self, number: int, link: _Link, reader: FrameReader) -> None:
         at_once = 0

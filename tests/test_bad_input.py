@@ -449,7 +449,14 @@ def test_a_row_with_an_address_that_is_none_is_refused_and_never_looked_up(bad, 
 def test_rows_as_long_as_they_may_be_are_passed_on_in_frames_that_fit(bad, worst, victim):
     wide = "\U00020000"  # one printable character, four bytes
     runs = tuple(
-        RunInfo(run=wide * 62 + f"{n:02}", schema="s" * 16, started=True, exchanged=True)
+        RunInfo(
+            run=wide * 62 + f"{n:02}",
+            schema=wide * 16,
+            started=True,
+            exchanged=True,
+            strategy=wide * 16,
+            weight=1e12,
+        )
         for n in range(16)
     )
     rows = [row(number, name=wide * 64, runs=runs) for number in range(5000, 5064)]

@@ -19,6 +19,7 @@ from mesh.core.messages import (
     OpenExchange,
     Ping,
     Purpose,
+    Refusal,
     RunInfo,
     State,
     Turn,
@@ -28,6 +29,7 @@ from mesh.frames import send_frame
 from mesh.links import dial, greet
 from mesh.net.simulated import SimulatedTransport
 from mesh.player import Player
+from mesh.wire import HEADER_LIMIT_BYTES
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 
@@ -158,3 +160,19 @@ def test_a_turn_is_believed_in_exact_rounds_only_and_is_there_in_each(strategy, 
     assert isinstance(answer, ExchangeRefused)
     assert "a turn belongs to exact rounds" in answer.reason
     assert after == before
+
+
+def test_a_message_that_does_not_fit_is_dropped_and_the_connection_goes_on(caplog):
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            await until(lambda: mesh.states(1) == {"n2": "alive"})
+            node = mesh.nodes[1]
+            (number,) = node._links._links
+            long = Refusal(reason="x" * HEADER_LIMIT_BYTES)
+            for message in (long, Ping(sequence=7, table=0), long):
+                node._links.send(number, message)
+            await trio.sleep(5)
+            return number in node._links._links, node.statistics().dropped, mesh.states(1)
+
+    assert run_seeded(main, 1) == (True, 2, {"n2": "alive"})
+    assert len(caplog.messages) == 1, "said once"

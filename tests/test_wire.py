@@ -29,6 +29,7 @@ from mesh.core.for_people import (
     Report,
     Reports,
 )
+from mesh.core.gossip import row_bytes
 from mesh.core.membership import INCARNATION_LIMIT
 from mesh.core.messages import (
     ACCUSERS_LIMIT,
@@ -299,6 +300,15 @@ def test_every_message_arrives_as_it_was_sent(message):
 def test_a_frame_says_how_long_the_body_behind_it_is(message, body_bytes):
     frame = wire.encode(message, body_bytes)
     assert wire.parse_prefix(frame[: wire.PREFIX_BYTES])[1] == body_bytes
+
+
+@SEEDED
+@given(members, st.sampled_from(("run", "schema", "strategy")))
+def test_a_row_takes_no_more_than_pages_of_rows_count_for_it(member, piece):
+    long = RunInfo(run="r", schema="s", started=True, exchanged=True, progress=64, weight=1e12)
+    runs = (replace(long, **{piece: "\U00020000" * 16}),) * 16
+    for row in (member, replace(member, runs=runs)):
+        assert len(header_of(Members(members=(row,)))) <= 3 + row_bytes(row)
 
 
 def test_the_numbers_on_the_wire_never_change():

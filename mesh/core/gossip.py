@@ -52,11 +52,11 @@ bytes; one of 16 addresses and 16 runs with names of four-byte characters is 10 
 
 @lru_cache(maxsize=MEMBERS_LIMIT)
 def row_bytes(row: Member) -> int:
-    """At least what a row takes on the wire: its text, and 12 bytes beside each piece of it. Kept:
-    each newcomer to a large mesh is told all rows."""
+    """At least what a row takes on the wire: its text, and 12 bytes beside each piece of it, of which a
+    run's numbers take a half. Kept: each newcomer to a large mesh is told all rows."""
     texts = [row.node, row.name, *(address.host for address in row.addresses), *row.accusers]
     for info in row.runs:
-        texts += [info.run, info.schema]
+        texts += [info.run, info.schema, info.strategy]
     return 32 + sum(12 + len(text.encode()) for text in texts)
 
 
