@@ -332,6 +332,9 @@ class Node:
                 self._nursery.start_soon(self._initiator.drop, effect.node)
             case ev.Stop():
                 raise UsageError(effect.reason)
+            case ev.DropExchange():
+                if effect.run in self._runs:
+                    self._runs[effect.run].unfinished.pop(effect.peer, None)
             case ev.StartExchange():
                 self._nursery.start_soon(self._initiator.initiate, effect)
             case ev.Begin():

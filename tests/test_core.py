@@ -1,6 +1,7 @@
 """The pure core: laws of the member table, of first weights, of one exchange's counting."""
 
 import math
+from dataclasses import replace
 from itertools import permutations
 from random import Random
 
@@ -21,12 +22,19 @@ from mesh.core.contacts import (
     Contacts,
 )
 from mesh.core.exchange import LEAST_PART, RECORDS_LIMIT, Initiation, Responses, part_beside, share
-from mesh.core.membership import INCARNATION_LIMIT, MEMBERS_LIMIT, Membership, first_row
+from mesh.core.membership import (
+    INCARNATION_LIMIT,
+    KEEP_ENDED_S,
+    MEMBERS_LIMIT,
+    Membership,
+    first_row,
+)
 from mesh.core.messages import (
     PROTOCOL,
     WINDOW,
     Hello,
     Member,
+    Members,
     NodeId,
     Purpose,
     RunInfo,
@@ -242,6 +250,76 @@ def test_the_protocol_is_at_rest_after_everything_due_was_done():
         assert protocol.next_deadline() > now
         now = min(protocol.next_deadline(), now + 10)
         protocol.on_deadline(now)
+
+
+TOY = RunInfo(run="toy", schema="s", started=True, exchanged=True)
+
+
+def broken_off():
+    """A node whose exchange with A was broken off, at 2 s; it can only be resumed with A."""
+    protocol = MeshProtocol(first_row(ME, "me", 1, AT), Random(1))
+    protocol.handle(
+        ev.RunAttached(
+            run="toy", schema="s", entries=(), sync_timeout_s=1.0, started=True, exchanged=True
+        ),
+        0.0,
+    )
+    greeting = replace(hello(A), member=replace(row(A), runs=(TOY,)))
+    protocol.handle(ev.PeerConnected(node=A, connection=1, hello=greeting, contact=None), 0.0)
+    effects = protocol.handle(ev.Posted(run="toy", waits=False, figures=None), 1.0)
+    assert [effect.peer for effect in effects if isinstance(effect, ev.StartExchange)] == [A]
+    protocol.handle(
+        ev.ExchangeEnded(
+            run="toy",
+            peer=A,
+            pull=False,
+            outcome=ev.Outcome.INTERRUPTED,
+            reason="broken",
+            duration_s=0.1,
+            square_distance=0.0,
+            square_norm=0.0,
+        ),
+        2.0,
+    )
+    return protocol
+
+
+def dropped(effects):
+    return [effect for effect in effects if isinstance(effect, ev.DropExchange)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"state": State.DEAD, "runs": (TOY,)}, False),
+        ({"state": State.LEFT, "runs": (TOY,)}, True),
+        ({"runs": ()}, True),
+        ({"runs": (replace(TOY, schema="other"),)}, True),
+        ({"runs": (replace(TOY, progress=3),)}, False),
+    ],
+)
+def test_an_exchange_in_doubt_is_kept_while_its_peer_may_resume_it(changes, lost):
+    protocol = broken_off()
+    news = Members(members=(replace(row(A, 2), **changes),))
+    effects = protocol.handle(ev.Received(node=A, connection=1, message=news), 2.1)
+    assert dropped(effects) == [ev.DropExchange(run="toy", peer=A)] * lost
+
+
+def test_an_exchange_in_doubt_with_a_member_that_is_forgotten_is_dropped():
+    protocol = broken_off()
+    protocol.handle(ev.PeerLost(node=A, connection=1, reason="gone"), 2.1)
+    now, drops = 2.1, []
+    while now < KEEP_ENDED_S + 100:
+        assert not drops or now > KEEP_ENDED_S
+        effects = protocol.on_deadline(now)
+        drops += dropped(effects)
+        for effect in effects:
+            if isinstance(effect, ev.Dial):
+                failed = ev.DialFailed(contact=effect.contact, refused=True, reason="refused")
+                drops += dropped(protocol.handle(failed, now))
+        now = max(now + 0.001, protocol.next_deadline())
+    drops += dropped(protocol.handle(ev.Posted(run="toy", waits=False, figures=None), now))
+    assert drops == [ev.DropExchange(run="toy", peer=A)]
 
 
 def deaf(protocol, now, until_s, reason="10.0.0.9:7710: connection refused"):

@@ -111,7 +111,8 @@ def test_a_responder_that_applies_a_repeated_fragment_twice_fails_the_same_test(
     assert failures > len(SEEDS) // 2
 
 
-def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight():
+@pytest.mark.parametrize("weight", [1.0, 100.0])
+def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight(weight):
     async def main(rng):
         async with memory_mesh(rng, 1) as mesh:
             run = (await mesh.attach(1, dyadic(1))).run
@@ -121,6 +122,7 @@ def test_a_request_whose_connection_broke_crosses_others_like_one_in_flight():
                 end=run.replica.fragments,
                 pull=False,
                 codec="f32",
+                weight=weight,
             )
             asked.fragment_sent()
             asked.connection_lost()

@@ -183,10 +183,10 @@ class Averaging:
         return effects
 
     def _decide(self, name: str, run: Schedule, now: float) -> list[ev.Effect]:
+        effects = self._lost(name, run)
         paused = name in self._paused and run.info.started
         partners = [] if paused else self._partners(run)
         decision = run.decide(now, partners)
-        effects: list[ev.Effect] = []
         match decision:
             case Start():
                 self._exchange += 1
@@ -222,16 +222,25 @@ class Averaging:
     def _partners(self, run: Schedule) -> list[Partner]:
         """Connected peers of the same run and schema that nobody suspects: an exchange with one that
         is gone would keep the others waiting. In a large mesh, where few are connected, all members."""
-        mine = (run.info.run, run.info.schema, run.info.strategy)
         partners: list[Partner] = []
         trains = self._membership.trains
         for node in trains if self._membership.large else self._connections:
             member = trains.get(node)
             if member is not None and member.state is State.ALIVE:
-                partners += [
-                    (node, i) for i in member.runs if (i.run, i.schema, i.strategy) == mine
-                ]
+                partners += [(node, info) for info in member.runs if _fit(info, run.info)]
         return partners
+
+    def _lost(self, name: str, run: Schedule) -> list[ev.Effect]:
+        """Exchanges that cannot be resumed any more: their peer left, or its training ended, or nobody
+        has heard of it for so long that it is forgotten. What it kept for them is gone."""
+        lost: list[NodeId] = []
+        for node in run.unfinished if not run.busy else ():
+            row = self._membership.others.get(node)
+            runs = () if row is None or row.state is State.LEFT else row.runs
+            if not any(_fit(info, run.info) for info in runs):
+                lost.append(node)
+        run.unfinished.difference_update(lost)
+        return [ev.DropExchange(run=name, peer=node) for node in sorted(lost)]
 
     # -------------------------------------------------------------------------------- schemas
 
@@ -284,3 +293,8 @@ class Averaging:
         if message is None or node not in self._connections:
             return []
         return [ev.Send(connection=self._connections[node].number, message=message)]
+
+
+def _fit(one: RunInfo, other: RunInfo) -> bool:
+    """Whether two trainings can be averaged."""
+    return (one.run, one.schema, one.strategy) == (other.run, other.schema, other.strategy)

@@ -259,6 +259,14 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DropExchange:
+    """Keep nothing of the exchange with `peer` that was broken off: it cannot be resumed any more."""
+
+    run: str
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartExchange:
     """Average with `peer` (or take its weights: `pull`); answer with ExchangeEnded.
 
@@ -364,6 +372,7 @@ Effect = (
     | Hangup
     | BreakOff
     | Abandon
+    | DropExchange
     | StartExchange
     | Begin
     | Offer

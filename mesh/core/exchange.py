@@ -145,12 +145,12 @@ def answer_beside(asked: Iterable[Initiation], index: int, step: float, own: flo
     """How much of `step` a responder of weight `own` takes in answering a fragment. `asked`: its own
     exchanges, broken ones as well, whose answers may wait for it.
 
-    Those may wait for ever: of a broken one it only counts that it is there, or a peer that vanished would
-    leave nothing to take, and nobody would move any more.
+    Those may wait for ever: of a broken one it only counts that it is there, as if the weights were equal,
+    or a heavy peer that vanished would leave nothing to take, and nobody would move any more.
     """
     doubtful = [record for record in asked if index in record.in_doubt]
     flying = [record for record in doubtful if index < record.sent]
-    parts = [part_beside(share(record.weight, own), 1.0, step) for record in doubtful]
+    parts = [0.5] * len(doubtful)
     if flying:
         late = sum(share(record.weight, own) for record in flying)
         parts.append(part_beside(late, min(record.kept_of(index) for record in flying), step))
