@@ -222,7 +222,8 @@ class Initiator:
                     await Conversation(run, record, stream, reader).hold(info)
                 return ev.Outcome.COMPLETED, ""
             except Refused as refusal:
-                record.ahead = refusal.position
+                # Only exact rounds have places in them: anybody else is refused like any other.
+                record.ahead = refusal.position if record.turn else None
                 outcome = ev.Outcome.ABANDONED if refusal.unknown else ev.Outcome.REFUSED
                 return outcome, str(refusal)
             except NotFinite as error:

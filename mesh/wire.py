@@ -104,6 +104,7 @@ USUAL_ROW_BYTES: Final = 1024
 
 _counter = whole(0, 2**63)
 _index = whole(0, 2**32)
+_position = whole(0, 2**53)
 _version = whole(0, 2**64 - 1)
 _run_name = text(64)
 _reason = text(500)
@@ -154,7 +155,7 @@ def _member(value: Any) -> Member:
     return row
 
 
-_turn = record(Turn, view=text(16), position=_counter, step=part)
+_turn = record(Turn, view=text(16), position=_position, step=part)
 _entry = record(SchemaEntry, name=text(256), shape=many(whole(0, 2**40), 16), dtype=text(16))
 _hello = record(
     Hello,
@@ -240,7 +241,7 @@ MESSAGES: Final[tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = (
             exchange=_counter,
             reason=_reason,
             unknown=flag,
-            position=optional(_counter),
+            position=optional(_position),
         ),
     ),
     (Fragment, record(Fragment, exchange=_counter, index=_index, received=_index)),

@@ -21,9 +21,11 @@ from mesh.core.messages import (
     Purpose,
     Refusal,
     RunInfo,
+    SchemaEntry,
     State,
     Turn,
 )
+from mesh.core.schema import digest
 from mesh.errors import MeshError
 from mesh.frames import send_frame
 from mesh.links import dial, greet
@@ -176,3 +178,34 @@ def test_a_message_that_does_not_fit_is_dropped_and_the_connection_goes_on(caplo
 
     assert run_seeded(main, 1) == (True, 2, {"n2": "alive"})
     assert len(caplog.messages) == 1, "said once"
+
+
+def test_a_donor_that_refuses_with_a_place_in_rounds_is_given_up_like_any_other():
+    async def main(rng):
+        async with memory_mesh(rng, 1) as mesh:
+            asked = 0
+
+            async def refuses(peer):
+                nonlocal asked
+                while True:
+                    message, length = await peer.reader.message(timeout_s=600, bodies=True)
+                    await peer.reader.drop_body(length, timeout_s=5)
+                    if isinstance(message, OpenExchange):
+                        asked += 1
+                        refusal = ExchangeRefused(
+                            exchange=message.exchange, reason="later", unknown=False, position=0
+                        )
+                        await send_frame(peer.stream, refusal)
+
+            schema = digest((SchemaEntry(name="w", shape=(6,), dtype="float32"),))
+            info = RunInfo(run="toy", schema=schema, started=True, exchanged=True)
+            hostile = Hostile(mesh, runs=(info,), bulk=refuses)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hostile.serve)
+                await hostile.join(nursery, 1)
+                player = await mesh.attach(1, np.zeros(6))
+                await until(lambda: player.begun, 120)
+                nursery.cancel_scope.cancel()
+            return player.begun, asked
+
+    assert run_seeded(main, 1) == ("alone", 5)

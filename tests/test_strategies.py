@@ -3,6 +3,7 @@ over the in-memory network, in virtual time.
 """
 
 import contextlib
+from dataclasses import replace
 from math import log2, sqrt
 from random import Random
 
@@ -18,6 +19,7 @@ from mesh.core.matchings import matchings
 from mesh.core.messages import Turn
 from mesh.core.strategies import (
     CYCLIC_PARTS,
+    JUMP_LIMIT,
     STRATEGIES,
     ExactRounds,
     RandomPairs,
@@ -274,6 +276,25 @@ def test_who_fell_behind_in_the_rounds_catches_up():
     other.see(nodes[:1])
     assert other.objection(nodes[0], plan.choose(nodes[1:], rest=False).turn) is None
     assert other.position == 7
+
+
+def test_nobody_is_pushed_beyond_all_places_in_the_rounds():
+    nodes = [node_id(k) for k in range(1, 3)]
+    plan = ExactRounds(nodes[1])
+    plan.see(nodes[:1])
+    turn = replace(plan_of_first(nodes).turn, position=JUMP_LIMIT + 1)
+    assert plan.objection(nodes[0], turn) is not None
+    plan.ended(completed=False, ahead=JUMP_LIMIT + 1)
+    assert plan.position == 0
+    plan.ended(completed=False, ahead=JUMP_LIMIT)
+    assert plan.position == JUMP_LIMIT
+
+
+def plan_of_first(nodes):
+    """What the lowest id asks the others first."""
+    plan = ExactRounds(nodes[0])
+    plan.see(nodes[1:])
+    return plan.choose(nodes[1:], rest=False)
 
 
 def test_who_is_asked_by_one_that_passed_a_round_with_it_jumps_to_it():

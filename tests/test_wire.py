@@ -119,6 +119,7 @@ def text(limit, *, at_least=0):
 
 counters = st.integers(0, 2**63)
 versions = st.integers(0, 2**64 - 1)
+positions = st.integers(0, 2**53)
 indexes = st.integers(0, 2**32)
 weights = st.floats(0, 1e12)
 clocks = st.floats(-CLOCK_LIMIT, CLOCK_LIMIT)
@@ -161,7 +162,7 @@ entries = st.builds(
     shape=st.lists(st.integers(0, 2**40), max_size=16).map(tuple),
     dtype=text(16),
 )
-turns = st.builds(Turn, view=text(16), position=counters, step=st.floats(0, 1))
+turns = st.builds(Turn, view=text(16), position=positions, step=st.floats(0, 1))
 rates = st.floats(0, 1e15)
 maybe_figures = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 reports = st.builds(
@@ -230,7 +231,7 @@ messages = st.one_of(
         exchange=counters,
         reason=text(500),
         unknown=st.booleans(),
-        position=st.none() | counters,
+        position=st.none() | positions,
     ),
     st.builds(Fragment, exchange=counters, index=indexes, received=indexes),
     st.builds(Delta, exchange=counters, index=indexes, part=st.floats(0, 1, exclude_min=True)),

@@ -27,6 +27,10 @@ CYCLIC_PARTS = 8
 CLIP_PEERS = 3
 """Peers that `clip` pulls from in a row: with fewer, two attackers meet too often."""
 
+JUMP_LIMIT = 2**32
+"""Rounds that a peer may be ahead, a hundred a second for a year: one that lies must not push the others
+to where the wire carries no place any more."""
+
 USUAL_EVERY = 8
 OUTER_EVERY = 50
 """Steps between hand-overs where the training says nothing; NoLoCo's inner steps for `outer`."""
@@ -254,6 +258,8 @@ class ExactRounds:
             self._begun = False
 
     def _jump(self, position: int) -> None:
+        if position > self.position + JUMP_LIMIT:
+            return
         self.position = position
         self._begun = position % len(self._rounds) != 0
 
