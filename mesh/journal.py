@@ -35,6 +35,12 @@ REFUSALS_S: Final = 10.0
 """Refusals of one kind are one event in this time: a stranger must not fill the ring."""
 
 
+NOTES_LIMIT: Final = 40
+NOTES_S: Final = 10.0
+"""Notes of one kind that are told in this time, more than a mesh has in which each is news (LARGE): a member
+that makes others up must not fill a disk with their deaths. The rest is counted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Happening:
     """One event, or one line of the log (kind `log`)."""
@@ -68,6 +74,8 @@ class Journal:
         self._changed = trio.Event()
         self._refused_at: dict[str, float] = {}
         self._unsaid: Counter[str] = Counter()
+        self._noted: dict[str, tuple[float, int]] = {}
+        """kind -> since when, and how often, in the last NOTES_S"""
         self.curves: dict[str, Curve] = {}
         self._meters: dict[str, Meter] = {}
         self._resumed: dict[str, int] = {}
@@ -127,10 +135,25 @@ class Journal:
 
     # ------------------------------------------------------------------------- what the loop sees
 
-    def note(self, note: ev.Note) -> None:
-        """The core says something, which is printed as well."""
-        self.record(note.kind, note.text, node=note.node, run=note.run)
-        self.line(note.text)
+    def note(self, note: ev.Note) -> list[str]:
+        """The core says something; returns the lines to print."""
+        now = trio.current_time()
+        lines = []
+        for kind, (since, count) in list(self._noted.items()):
+            if now - since >= NOTES_S:
+                del self._noted[kind]
+                if count > NOTES_LIMIT:
+                    text = f"and {count - NOTES_LIMIT} more such lines ({kind})"
+                    self.record(kind, text)
+                    lines.append(text)
+        since, count = self._noted.get(note.kind, (now, 0))
+        self._noted[note.kind] = since, count + 1
+        if count < NOTES_LIMIT:
+            self.record(note.kind, note.text, node=note.node, run=note.run)
+            lines.append(note.text)
+        for text in lines:
+            self.line(text)
+        return lines
 
     def saw(self, event: ev.Event | None, runs: Mapping[str, Run]) -> None:
         """The loop handled this."""

@@ -354,8 +354,8 @@ class Node:
             case ev.StoreIncarnation():
                 self._store_incarnation(effect.incarnation)
             case ev.Note():
-                self.journal.note(effect)
-                self._note(effect.text)
+                for text in self.journal.note(effect):
+                    self._note(text)
             case _:
                 assert_never(effect)
 

@@ -46,7 +46,7 @@ from mesh.core.messages import (
 )
 from mesh.core.protocol import MeshProtocol
 from mesh.core.suspicion import ALONE_S, CONFIRMATIONS, CONFIRMED_S, FEW_S, suspicion_of
-from mesh.core.twins import CHECK_S
+from mesh.core.twins import CHECK_S, LOOK_S
 
 ME, A, B, C = (NodeId(letter * 16) for letter in "mabc")
 
@@ -676,6 +676,21 @@ def test_a_node_that_is_told_that_its_identity_is_taken_believes_only_what_it_se
     effects = core.handle(told, 0.1)
     assert not any(isinstance(e, ev.Stop) for e in effects)
     assert [e.addresses for e in effects if isinstance(e, ev.Dial)] == [elsewhere]
+
+
+def test_made_up_twins_are_looked_for_one_at_a_time_and_seldom():
+    core = MeshProtocol(first_row(ME, "me", 1, ()), Random(1))
+    core.handle(ev.PeerConnected(node=A, connection=1, hello=hello(A), contact=None), 0.0)
+    dials, notes = [], 0
+    for k in range(1000):
+        now = k / 50
+        made_up = IdentityTaken(addresses=(Address(f"10.0.{k // 250}.{k % 250 + 1}", 7710),))
+        effects = core.handle(ev.Received(node=A, connection=1, message=made_up), now)
+        notes += sum(isinstance(e, ev.Note) for e in effects)
+        dials += [(now, e.addresses) for e in effects if isinstance(e, ev.Dial)]
+    # It takes each dial for under way, as nothing here ends one.
+    assert [(at, len(addresses)) for at, addresses in dials] == [(0.0, 1), (LOOK_S, 1)]
+    assert notes == 2
 
 
 def test_a_node_that_met_its_older_self_stops_and_says_what_to_do():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import trio
 
+from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.messages import (
     PROTOCOL,
@@ -28,6 +29,7 @@ from mesh.core.messages import (
 from mesh.core.schema import digest
 from mesh.errors import MeshError
 from mesh.frames import send_frame
+from mesh.journal import NOTES_LIMIT, NOTES_S
 from mesh.links import dial, greet
 from mesh.net.simulated import SimulatedTransport
 from mesh.player import Player
@@ -209,3 +211,23 @@ def test_a_donor_that_refuses_with_a_place_in_rounds_is_given_up_like_any_other(
             return player.begun, asked
 
     assert run_seeded(main, 1) == ("alone", 5)
+
+
+def test_a_flood_of_notes_of_one_kind_is_counted_and_others_are_told():
+    async def main(rng):
+        async with memory_mesh(rng, 1) as mesh:
+            node = mesh.nodes[1]
+            await trio.sleep(1)
+            for k in range(1000):
+                node._perform(ev.Note(text=f"invented{k} is dead", kind="dead"))
+            node._perform(ev.Note(text="n7 left", kind="left"))
+            before = [text.split(": ")[1] for text in mesh.notes]
+            await trio.sleep(NOTES_S)
+            node._perform(ev.Note(text="n8 left", kind="left"))
+            return before, [text.split(": ")[1] for text in mesh.notes[len(before) :]], node.journal
+
+    before, after, journal = run_seeded(main, 1)
+    assert before == [*(f"invented{k} is dead" for k in range(NOTES_LIMIT)), "n7 left"]
+    assert after == [f"and {1000 - NOTES_LIMIT} more such lines (dead)", "n8 left"]
+    assert list(journal.notes) == before + after
+    assert [event.text for event in journal.events(0, 600)][-2:] == after

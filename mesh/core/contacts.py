@@ -41,6 +41,9 @@ STEADY_S = 1.0
 """A connection that lived this long was a good one: if it ends, its node is dialled at once, and a
 process that was killed is known to be dead in milliseconds. One a second is what that costs at most."""
 
+TWIN = "twin:"
+"""Key of the one contact that may be this node itself; no node id begins so."""
+
 CONTACTS_LIMIT = 1024
 ADDRESSES_LIMIT = 16
 
@@ -163,6 +166,12 @@ class Contacts:
             self._deadline = None
         elif self._deadline is not None and contact.dial_at < self._deadline and self._may(contact):
             self._deadline = contact.dial_at  # all others are due as before: mDNS says a lot
+
+    def suggest_twin(self, addresses: tuple[Address, ...], now: float) -> None:
+        """Another process with this node's id may listen there. One contact, whoever was found the
+        last time: what a member made up must not take the room of others."""
+        self._contacts.pop(TWIN, None)
+        self.suggest(addresses, now, source="twin", hint=TWIN, wanted=True)
 
     def due(self, now: float) -> list[Contact]:
         """Contacts to dial now; each stays `dialling` until connected() or failed()."""

@@ -286,13 +286,11 @@ class Peers:
         where = f"{check.old.host} and {check.new.host}"
         text = f"{short(check.node)} runs twice, at {where}: a copied state directory"
         row = self.membership.others.get(check.node)
+        told = pages([row] if row else [])
         return [
             ev.Note(text=f"{text}; {younger.host} is refused", kind="twin", node=check.node),
             # The table may hold what the younger said of itself: the older refutes it.
-            *(
-                ev.Send(connection=older.number, message=page)
-                for page in pages([row] if row else [])
-            ),
+            *(ev.Send(connection=older.number, message=page) for page in told),
             ev.Send(connection=younger.number, message=IdentityTaken(addresses=older.addresses)),
             ev.Hangup(connection=younger.number, reason=taken(older.host)),
             *orphans,
@@ -300,8 +298,10 @@ class Peers:
 
     def identity_taken(self, message: IdentityTaken, now: float) -> list[ev.Effect]:
         """A peer says that this node runs elsewhere as well: dial it, and see (links.greet)."""
+        if not self.twins.look(now):
+            return []
         addresses = tuple(a for a in message.addresses if a not in self.membership.own.addresses)
-        self.contacts.suggest(addresses, now, source="twin", wanted=True)
+        self.contacts.suggest_twin(addresses, now)
         where = ", ".join(str(address) for address in addresses) or "this network"
         return [ev.Note(text=f"told that another process with this node's identity is at {where}")]
 

@@ -16,6 +16,10 @@ from mesh.core.messages import NodeId
 CHECK_S = 2.0
 """For the old connection's answer: three lost packets."""
 
+LOOK_S = 10.0
+"""Between two looks at where this node is said to run as well: sixteen addresses are dialled for each, and
+a member could say it for ever."""
+
 CHECKS_LIMIT = 64
 """At once: a member that connects under ever new instances cannot make this node keep more."""
 
@@ -49,6 +53,14 @@ class Twins:
     def __init__(self) -> None:
         self._checks: dict[int, Check] = {}
         self._sequence = FIRST_SEQUENCE
+        self._look_at = -math.inf
+
+    def look(self, now: float) -> bool:
+        """Whether what a peer says of a copy of this node is looked into."""
+        if now < self._look_at:
+            return False
+        self._look_at = now + LOOK_S
+        return True
 
     def begin(self, node: NodeId, old: Connection, new: Connection, now: float) -> int | None:
         """The sequence number of the ping that the old connection has to answer; None if there are
