@@ -3,8 +3,13 @@
 core/exchange.py counts, replica.py computes. A fragment's trip: _send: w[k] copied into a buffer,
 sent -> the responder answers (responder.py) -> _receive: the delta read into a buffer -> w[k] moves.
 Rules: 1. Fragments go out while deltas come back. 2. Between checking an index and applying its
-numbers nothing waits. 3. No body is read before its length is what our own model says.
+numbers nothing waits. 3. No body is read before its length is what our own model says. 4. A fragment and
+its delta take a limited time, however the bytes drip: a run has one exchange of its own at a time.
 """
+
+import contextlib
+from collections.abc import Iterator
+from typing import Final
 
 import trio
 
@@ -25,6 +30,18 @@ from mesh.errors import MeshError, RemoteProtocolError, StreamLost
 from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
 from mesh.runs import Run
+
+FRAGMENT_S: Final = 60.0
+"""For a fragment to go out, and for a delta to come in: 1 MiB at 17 kB/s. STALL_S counts from byte to byte,
+so a byte every nine seconds would hold the run for ever."""
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    with trio.move_on_after(FRAGMENT_S) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise StreamLost(f"a fragment took more than {FRAGMENT_S:g} s")
 
 
 class Refused(MeshError):
@@ -77,11 +94,13 @@ class Conversation:
             )
             if record.end - record.first == 1:
                 # Small models: one packet each way, no second task.
-                await self._send()
+                with _in_time():
+                    await self._send()
                 await self._receive()
             else:
                 await self._both_ways()
-            await self._say(FinishExchange(exchange=record.exchange))
+            with _in_time():
+                await self._say(FinishExchange(exchange=record.exchange))
         finally:
             self._run.counters.bytes_received += self._reader.received_bytes - received
 
@@ -136,35 +155,41 @@ class Conversation:
             run.buffers.give(buffer)
 
     async def _receive(self) -> None:
-        record = self._record
         weight: float | None = None
         buffer = self._run.buffers.take()
         try:
-            while not record.done:
-                message, length = await self._reader.message(timeout_s=STALL_S, bodies=True)
-                if getattr(message, "exchange", record.exchange) != record.exchange:
-                    raise RemoteProtocolError("an answer to another exchange")
-                match message:
-                    case ExchangeOpened() if not length and weight is None:
-                        weight = message.weight
-                        if not record.pull and weight + self._run.spec.weight <= 0:
-                            raise RemoteProtocolError("two replicas of weight 0")
-                        self._run.clock_answered(record, message.clock, weight)
-                    case Delta() if weight is not None and message.index < record.end:
-                        if record.pull and self._run.ended:
-                            raise StreamLost("the run ended here")
-                        if length != self._run.replica.body_bytes(message.index, self._codec):
-                            raise RemoteProtocolError(f"a delta of {length} bytes")
-                        await self._reader.body(buffer[:length], timeout_s=STALL_S)
-                        self._apply(message, buffer[:length], weight)
-                    case ExchangeRefused() if not length:
-                        raise Refused(message)
-                    case Refusal() if not length:
-                        raise StreamLost(f"refused: {message.reason}")
-                    case _:
-                        raise RemoteProtocolError(f"{type(message).__name__} as an answer")
+            while not self._record.done:
+                with _in_time():
+                    weight = await self._answer(buffer, weight)
         finally:
             self._run.buffers.give(buffer)
+
+    async def _answer(self, buffer: memoryview, weight: float | None) -> float | None:
+        """Takes one message. `weight`: the responder's, once it has said yes; returned likewise."""
+        run, record = self._run, self._record
+        message, length = await self._reader.message(timeout_s=STALL_S, bodies=True)
+        if getattr(message, "exchange", record.exchange) != record.exchange:
+            raise RemoteProtocolError("an answer to another exchange")
+        match message:
+            case ExchangeOpened() if not length and weight is None:
+                weight = message.weight
+                if not record.pull and weight + run.spec.weight <= 0:
+                    raise RemoteProtocolError("two replicas of weight 0")
+                run.clock_answered(record, message.clock, weight)
+            case Delta() if weight is not None and message.index < record.end:
+                if record.pull and run.ended:
+                    raise StreamLost("the run ended here")
+                if length != run.replica.body_bytes(message.index, self._codec):
+                    raise RemoteProtocolError(f"a delta of {length} bytes")
+                await self._reader.body(buffer[:length], timeout_s=STALL_S)
+                self._apply(message, buffer[:length], weight)
+            case ExchangeRefused() if not length:
+                raise Refused(message)
+            case Refusal() if not length:
+                raise StreamLost(f"refused: {message.reason}")
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} as an answer")
+        return weight
 
     def _apply(self, message: Delta, body: memoryview, weight: float) -> None:
         record, replica = self._record, self._run.replica

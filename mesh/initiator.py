@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from mesh.codec import EXACT
-from mesh.conversation import Conversation, Refused
+from mesh.conversation import FRAGMENT_S, Conversation, Refused
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.exchange import Initiation
@@ -216,7 +216,7 @@ class Initiator:
             info = info_now()
             if info is None:
                 return ev.Outcome.ABANDONED, "the run ended here"
-            applied = record.applied
+            applied, began = record.applied, trio.current_time()
             try:
                 async with self.stream_to(record.peer, addresses) as (stream, reader):
                     await Conversation(run, record, stream, reader).hold(info)
@@ -239,6 +239,8 @@ class Initiator:
                 run.counters.resumed += bool(record.sent_once)
                 record.connection_lost()
                 attempts = 1 if record.applied > applied else attempts + 1
+                if record.applied == applied and trio.current_time() - began >= FRAGMENT_S:
+                    break  # others have waited long enough
                 # A connection that idled may be gone: the first new one is dialled at once.
                 await trio.sleep(RETRY_S * (attempts - 1))
         return self._broken(record), reason

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import trio
 
+from mesh import wire
 from mesh.core import events as ev
 from mesh.core.address import Address
 from mesh.core.messages import (
     PROTOCOL,
     Ack,
+    Delta,
     ExchangeOpened,
     ExchangeRefused,
     Fragment,
@@ -33,7 +35,6 @@ from mesh.journal import NOTES_LIMIT, NOTES_S
 from mesh.links import dial, greet
 from mesh.net.simulated import SimulatedTransport
 from mesh.player import Player
-from mesh.wire import HEADER_LIMIT_BYTES
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 
@@ -172,7 +173,7 @@ def test_a_message_that_does_not_fit_is_dropped_and_the_connection_goes_on(caplo
             await until(lambda: mesh.states(1) == {"n2": "alive"})
             node = mesh.nodes[1]
             (number,) = node._links._links
-            long = Refusal(reason="x" * HEADER_LIMIT_BYTES)
+            long = Refusal(reason="x" * wire.HEADER_LIMIT_BYTES)
             for message in (long, Ping(sequence=7, table=0), long):
                 node._links.send(number, message)
             await trio.sleep(5)
@@ -231,3 +232,39 @@ def test_a_flood_of_notes_of_one_kind_is_counted_and_others_are_told():
     assert after == [f"and {1000 - NOTES_LIMIT} more such lines (dead)", "n8 left"]
     assert list(journal.notes) == before + after
     assert [event.text for event in journal.events(0, 600)][-2:] == after
+
+
+def test_a_responder_that_drips_a_byte_at_a_time_holds_a_run_half_of_the_time_at_most():
+    async def drips(peer):
+        message, _ = await peer.reader.message(timeout_s=600, bodies=True)
+        opened = ExchangeOpened(exchange=message.exchange, weight=1.0)
+        delta = Delta(exchange=message.exchange, index=0, part=1.0)
+        for byte in wire.encode(opened) + wire.encode(delta, 24) + bytes(24):
+            await peer.stream.send_all(bytes([byte]))
+            await trio.sleep(9)
+
+    async def main(rng):
+        async with memory_mesh(rng, 3) as mesh:
+            players = await training_mesh(mesh, (1, 2, 3), posts=10)
+
+            async def completed_in(seconds):
+                before = [p.run.counters.completed for p in players]
+                for _ in range(2 * seconds):
+                    for player in players:
+                        await player.post(0.001, waits=True)
+                    await trio.sleep(0.5)
+                return min(
+                    p.run.counters.completed - b for p, b in zip(players, before, strict=True)
+                )
+
+            hostile = Hostile(mesh, runs=(run_of(players[0]),), bulk=drips)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hostile.serve)
+                await hostile.join(nursery, 1, 2, 3)
+                done = await completed_in(600)
+                nursery.cancel_scope.cancel()
+            return done, min(p.run.counters.failed for p in players)
+
+    done, failed = run_seeded(main, 1)
+    assert failed > 2, "each asked it"
+    assert done > 0.4 * 1200

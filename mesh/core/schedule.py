@@ -35,7 +35,7 @@ AGREED = 1e-10
 COOL_OFF_S = 0.5
 SETBACKS_LIMIT = 6
 """A peer that refused or broke off is left alone this long, twice as long each time in a row, up to
-32 s; others are asked meanwhile."""
+32 s, and at least as long as it held the run for nothing; others are asked meanwhile."""
 
 NOT_YET_S = 0.02
 NOT_YET_LIMIT = 5
@@ -165,7 +165,8 @@ class Schedule:
         else:
             setbacks = self._setbacks.get(event.peer, 0)
             self._setbacks[event.peer] = min(setbacks + 1, SETBACKS_LIMIT)
-            self._cool[event.peer] = now + COOL_OFF_S * 2**setbacks
+            held_s = 0.0 if event.pull and event.brought else event.duration_s
+            self._cool[event.peer] = now + max(COOL_OFF_S * 2**setbacks, held_s)
             if event.pull and event.brought:
                 self._asked.discard(event.peer)  # the next goes on from there: it was no failure
             else:
