@@ -29,7 +29,7 @@ from mesh.core.messages import NodeId
 from mesh.disk import write_whole
 from mesh.errors import IdentityError, MeshError, UsageError
 from mesh.settings import check_name, default_name
-from mesh.storage import private_directory
+from mesh.storage import alone_in
 
 TOKEN_PREFIX = "mesh1-"
 SECRET_BYTES = 16
@@ -101,14 +101,16 @@ def create_mesh(state: Path, name: str | None = None) -> str:
 
     Raises UsageError if this machine is in a mesh already.
     """
-    if is_member(state):
-        raise UsageError(
-            f"this machine is in mesh {load(state).mesh} already; "
-            "`mesh token` prints its token, `mesh leave` leaves it"
-        )
+    called = check_name(name or default_name())
     secret = secrets.token_bytes(SECRET_BYTES)
     token = format_token(secret)
-    _enrol(state, secret, name, token)
+    with alone_in(state):
+        if is_member(state):
+            raise UsageError(
+                f"this machine is in mesh {load(state).mesh} already; "
+                "`mesh token` prints its token, `mesh leave` leaves it"
+            )
+        _enrol(state, secret, called, token)
     return token
 
 
@@ -118,15 +120,16 @@ def join_mesh(state: Path, token: str, name: str | None = None) -> Identity:
     Raises UsageError for a token that cannot be one, or a machine that is in another mesh.
     """
     secret = parse_token(token)
-    if is_member(state):
+    called = check_name(name or default_name())
+    with alone_in(state):
+        if not is_member(state):
+            _enrol(state, secret, called, None)
         current = load(state)
         if current.mesh != _mesh_id(_authority_key(secret)):
             raise UsageError(
                 f"this machine is in mesh {current.mesh}; `mesh leave` leaves it first"
             )
         return rename(state, name) if name else current
-    _enrol(state, secret, name, None)
-    return load(state)
 
 
 def read_token(state: Path) -> str:
@@ -153,12 +156,13 @@ def leave_mesh(state: Path) -> str | None:
     if not is_member(state):
         raise IdentityError(f"{state} is in no mesh")
     kept = state / "token"
-    token = kept.read_text(errors="replace") if kept.exists() else None
-    try:
-        for name in ("mesh.json", "ca.pem", "token", "peers.json"):
-            (state / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise MeshError(f"cannot change {state}: {error.strerror}") from None
+    with alone_in(state):
+        token = kept.read_text(errors="replace") if kept.exists() else None
+        try:
+            for name in ("mesh.json", "ca.pem", "token", "peers.json"):
+                (state / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise MeshError(f"cannot change {state}: {error.strerror}") from None
     return token
 
 
@@ -248,10 +252,8 @@ def parse_token(token: str) -> bytes:
     return secret
 
 
-def _enrol(state: Path, secret: bytes, name: str | None, token: str | None) -> None:
+def _enrol(state: Path, secret: bytes, name: str, token: str | None) -> None:
     """Writes this node's papers, and the token where it is to be kept."""
-    called = check_name(name or default_name())
-    private_directory(state)
     authority = _authority_key(secret)
     certificate = _authority_certificate(authority)
     key = _node_key(state)
@@ -264,7 +266,7 @@ def _enrol(state: Path, secret: bytes, name: str | None, token: str | None) -> N
     write_whole(state / "ca.pem", certificate.public_bytes(pem))
     about = {
         "mesh": _mesh_id(authority),
-        "name": called,
+        "name": name,
         "beacon_key": _derive(secret, b"mdns beacon").hex(),
     }
     if token is not None:

@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 from mesh.client import RunningNode, ask, node_of_state
-from mesh.errors import MeshError, NodeNotRunning
+from mesh.errors import IdentityError, MeshError, NodeNotRunning, UsageError
 from mesh.settings import NodeSettings
 
 START_S: Final = 20.0
@@ -57,11 +57,21 @@ class NodeProcess:
 
 def make_mesh_if_none(settings: NodeSettings) -> None:
     """Makes a new closed mesh where this machine is in none, and prints how others join it."""
-    from mesh.identity import create_mesh, is_member  # cryptography costs 60 ms: only when needed
+    # cryptography costs 60 ms: only when needed
+    from mesh.identity import create_mesh, is_member, read_token
 
-    if not is_member(settings.state):
+    if is_member(settings.state):
+        return
+    try:
         token = create_mesh(settings.state, settings.name)
-        print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
+    except UsageError:
+        if not is_member(settings.state):
+            raise
+        try:  # another program was first: both are in its mesh
+            token = read_token(settings.state)
+        except IdentityError:  # which it joined
+            return
+    print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
 
 
 def start_node(settings: NodeSettings) -> NodeProcess:

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -52,6 +53,19 @@ def private_directory(path: Path) -> Path:
             )
         path.chmod(0o700)
     return path
+
+
+@contextlib.contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Who makes, joins or leaves a mesh in this directory does so one after the other: its papers are
+    several files. The directory itself is locked: `lock` is held by the node that runs there."""
+    descriptor = os.open(private_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # NFS locks no directory
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class StateDirectory:

@@ -1,6 +1,8 @@
 """Tokens, papers, and what TLS makes of them; the last part asks openssl, which shares no code of ours."""
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 from cryptography import x509
@@ -37,7 +40,9 @@ from mesh.identity import (
     read_token,
     rename,
 )
+from mesh.launch import make_mesh_if_none
 from mesh.memory import Memory
+from mesh.settings import NodeSettings
 from mesh.storage import StateDirectory, private_directory
 from tests.helpers import DEADLINE_S, Host, until
 
@@ -465,6 +470,68 @@ def test_a_mesh_that_could_not_be_written_whole_was_not_made(tmp_path, monkeypat
             create_mesh(state)
         assert parse_token(read_token(state))
         papers(state)
+
+
+@pytest.mark.parametrize("second", ["init", "run", "join", "leave"])
+def test_two_commands_at_once_on_one_directory_follow_each_other(
+    tmp_path, monkeypatch, capsys, second
+):
+    """The second begins between two files of the first, and goes on until it waits or is through."""
+    lock, write = identity.alone_in, write_whole
+    told, waits_or_done = [], threading.Event()
+
+    @contextlib.contextmanager
+    def seen_waiting(state):
+        if threading.current_thread() is other:
+            directory = os.open(private_directory(state), os.O_RDONLY)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits_or_done.set()
+            os.close(directory)
+        with lock(state):
+            yield
+
+    def act():
+        try:
+            match second:
+                case "init":
+                    told.append(create_mesh(tmp_path))
+                case "run":
+                    make_mesh_if_none(NodeSettings(state=tmp_path))
+                case "join":
+                    told.append(join_mesh(tmp_path, OTHER))
+                case "leave":
+                    leave_mesh(tmp_path)
+        except MeshError as error:
+            told.append(error)
+        waits_or_done.set()
+
+    other = threading.Thread(target=act)
+
+    def interrupted(path, data):
+        if path.name == ("mesh.json" if second == "leave" else "ca.pem") and not other.ident:
+            if second == "leave":
+                write(path, data)
+            other.start()
+            assert waits_or_done.wait(DEADLINE_S)
+        write(path, data)
+
+    monkeypatch.setattr(identity, "alone_in", seen_waiting)
+    monkeypatch.setattr(identity, "write_whole", interrupted)
+    token = create_mesh(tmp_path)
+    other.join(DEADLINE_S)
+    if second == "leave":
+        assert (told, is_member(tmp_path)) == ([], False)
+        create_mesh(tmp_path)
+    else:
+        assert read_token(tmp_path) == token
+    identity.check_identity(tmp_path)
+    match second:
+        case "run":
+            assert f"mesh join {token}\n" in capsys.readouterr().err, "the one that there is"
+        case "init" | "join":
+            assert [type(error) for error in told] == [UsageError]
 
 
 def test_a_second_node_cannot_use_a_state_directory(tmp_path):
