@@ -43,11 +43,13 @@ class NodeProcess:
         busy = False
         with contextlib.suppress(MeshError):
             busy = bool(ask(self.running, "status")["runs"])
-        self.release()
         if busy:
+            self.release()
             return
-        # Its lifeline may be held open by a forked worker of a data loader.
+        # Its lifeline may be held open by a forked worker of a data loader. The signal comes first: a
+        # node that ends by itself obeys none any more, and would leave its files behind.
         self._process.terminate()
+        self.release()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
