@@ -170,30 +170,38 @@ def question(
     **fields: Any,
 ) -> dict[str, Any]:
     """Asks the node that a command means: one of this host (see find_node()), or else any node of the
-    mesh that is called `name`, through a node of this host.
+    mesh that is called `name`, through a node of this host. Where a state directory was chosen that is
+    a matter of its mesh; only a name that nobody has there may be that of another mesh's node here.
 
     Raises NodeNotRunning, UsageError with the names there are, NodeTimeout, NodeRefused, MeshError.
     """
     if name is None:
         return ask(find_node(state), op, timeout_s, on_progress, **fields)
+    chosen = _chosen(state)
     nodes = running_nodes()
-    if called(nodes, name):
-        return ask(find_node(state, name), op, timeout_s, on_progress, **fields)
+    here = called(_of_mesh(nodes, chosen), name)
+    if here:
+        return ask(_only(here), op, timeout_s, on_progress, **fields)
+    if chosen is None and not nodes:
+        find_node(state, name)  # says that there is none
     # Another node's process may wait for the network: leave it time to say that nothing came.
     within_s = max(timeout_s / 2, timeout_s - 1.0)
-    chosen = state or os.environ.get("MESH_STATE")
-    if not nodes and not chosen:
-        find_node(state, name)  # says that there is none
-    own = find_node(state) if chosen else None
     unknown = UsageError(f"no node {name!r}")
-    for node in [own] if own else nodes:
+    silent: NodeTimeout | None = None
+    for node in nodes if chosen is None else [node_of_state(chosen)]:
         try:
             answer = ask(node, op, timeout_s, on_progress, of=name, within_s=within_s, **fields)
+        except NodeTimeout as error:
+            silent = error
         except UsageError as error:
+            if not str(error).startswith(str(unknown)):
+                raise  # that node itself says what is wrong: nobody else is meant
             unknown = error
-            continue
-        return {key: _printable(value) for key, value in answer.items()}
-    raise unknown
+        else:
+            return {key: _printable(value) for key, value in answer.items()}
+    if silent is None and called(nodes, name):
+        return ask(_only(called(nodes, name)), op, timeout_s, on_progress, **fields)
+    raise silent or unknown
 
 
 def _printable(value: Any) -> Any:
@@ -306,22 +314,47 @@ def called(nodes: Iterable[_Named], name: str) -> list[_Named]:
 
 
 def find_node(state: str | None = None, name: str | None = None) -> RunningNode:
-    """The node that a command means: by `--state` or $MESH_STATE, by name, or the only one.
+    """The node of this machine that a command means: by `--state` or $MESH_STATE, by name, or the only
+    one. Of those with one name the ones in the chosen state's mesh are meant.
 
     Raises NodeNotRunning if there is none, UsageError with the list if there are several.
     """
-    if (state or os.environ.get("MESH_STATE")) and name is None:
-        return node_of_state(state_directory(state))
+    chosen = _chosen(state)
+    if chosen is not None and name is None:
+        return node_of_state(chosen)
     nodes, killed = _running_nodes()
     if name is not None:
         known = ", ".join(n.name for n in nodes) or "none"
-        nodes = called(nodes, name)
+        nodes = called(_of_mesh(nodes, chosen), name) or called(nodes, name)
         if not nodes:
             raise NodeNotRunning(f"no node named {name!r} runs here; running: {known}")
     if not nodes and killed:
         raise killed[0]
-    if not nodes:
-        return node_of_state(state_directory())
+    return _only(nodes) if nodes else node_of_state(state_directory())
+
+
+def _chosen(state: str | None) -> Path | None:
+    """The state directory that the user named."""
+    return state_directory(state) if state or os.environ.get("MESH_STATE") else None
+
+
+def _of_mesh(nodes: list[RunningNode], chosen: Path | None) -> list[RunningNode]:
+    """Those in the mesh of the chosen state: another mesh's may have the same names."""
+    if chosen is None:
+        return nodes
+    own = _mesh(chosen)
+    return [node for node in nodes if _mesh(node.state) == own]
+
+
+def _mesh(state: Path) -> object:
+    """Which mesh a state directory belongs to, without loading what reads its keys; None: in none."""
+    try:
+        return json.loads((state / "mesh.json").read_bytes())["mesh"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _only(nodes: list[RunningNode]) -> RunningNode:
     if len(nodes) > 1:
         listed = "".join(f"\n  -N {n.name:<12} or -N {n.node[:8]}   {n.state}" for n in nodes)
         raise UsageError(f"several nodes run here, choose one:{listed}")

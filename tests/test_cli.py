@@ -15,7 +15,7 @@ import mesh
 from mesh import client
 from mesh.client import RunningNode, node_of_state
 from mesh.core.messages import PROTOCOL
-from mesh.errors import NodeNotRunning
+from mesh.errors import NodeNotRunning, NodeTimeout, UsageError
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
 
@@ -306,6 +306,78 @@ def test_a_name_means_the_node_that_has_it_and_not_one_whose_id_begins_so(monkey
     assert client.find_node(None, "bbbbc") is here[0]
     with pytest.raises(NodeNotRunning, match="no node named 'bb' runs here"):
         client.find_node(None, "bb")
+
+
+class Meshes:
+    """Nodes of this machine in two meshes, home (a, c) and away (b), and what each is asked. `far` is
+    what a member elsewhere of home says, called b; None: there is none."""
+
+    def __init__(self, folder, monkeypatch):
+        self.far = {"ok": True, "who": "b of home"}
+        self.hung, self.asked = set(), []
+        self.nodes = []
+        for name, mesh_id in (("a", "home"), ("b", "away"), ("c", "home")):
+            (folder / name).mkdir()
+            (folder / name / "mesh.json").write_text(json.dumps({"mesh": mesh_id}))
+            self.nodes.append(RunningNode(f"{name}-id", name, 1, "", folder / name))
+        monkeypatch.setattr(client, "_running_nodes", lambda: (self.nodes, []))
+        monkeypatch.setattr(client, "node_of_state", self.node_of_state)
+        monkeypatch.setattr(client, "ask", self.ask)
+
+    def node_of_state(self, state):
+        return next(node for node in self.nodes if node.state == state)
+
+    def ask(self, node, op, timeout_s, on_progress, *, of=None, **fields):
+        self.asked.append(node.name if of is None else f"{of} through {node.name}")
+        if node.name in self.hung:
+            raise NodeTimeout("the node did not answer within 5 s: is it stopped?")
+        if of is None:
+            return {"ok": True, "who": f"{node.name} here"}
+        if isinstance(self.far, Exception):
+            raise self.far
+        if self.far is None or node.name == "b":
+            raise UsageError(f"no node {of!r} in this mesh; there are: a, c")
+        return self.far
+
+
+@pytest.fixture
+def meshes(tmp_path, monkeypatch):
+    monkeypatch.delenv("MESH_STATE", raising=False)
+    return Meshes(tmp_path, monkeypatch)
+
+
+def test_a_name_is_one_of_the_chosen_state_and_never_that_of_another_mesh(
+    meshes, monkeypatch, tmp_path
+):
+    """`mesh leave -N b` with the state of a: the b that runs here is another mesh's."""
+    for chosen in ({"state": str(tmp_path / "a")}, {}):
+        meshes.asked.clear()
+        assert client.question("leave", name="b", **chosen)["who"] == "b of home"
+        assert meshes.asked == ["b through a"]
+        assert client.question("pause", name="c", **chosen)["who"] == "c here"
+        assert meshes.asked[1:] == ["c"], "one of its own mesh lets this user do anything"
+        monkeypatch.setenv("MESH_STATE", str(tmp_path / "a"))
+    meshes.nodes.append(RunningNode("d-id", "c", 1, "", tmp_path / "b"))
+    assert client.find_node(None, "c").node == "c-id"
+    meshes.far = UsageError("no run 'digits' is trained on b; there are: none")
+    with pytest.raises(UsageError, match="no run"):
+        client.question("pause", name="b", run="digits")
+    assert "b" not in meshes.asked
+    meshes.far = None
+    assert client.question("status", name="b")["who"] == "b here", "its mesh has none"
+    assert client.find_node(None, "b").node == "b-id"
+    with pytest.raises(UsageError, match="no node 'nobody' in this mesh"):
+        client.question("status", name="nobody")
+
+
+def test_a_node_that_hangs_keeps_no_other_from_passing_a_question_on(meshes):
+    meshes.hung = {"a", "b"}
+    meshes.far = {"ok": True, "who": "far"}
+    assert client.question("status", name="far")["who"] == "far"
+    assert meshes.asked == ["far through a", "far through b", "far through c"]
+    meshes.hung = {"a", "c"}
+    with pytest.raises(NodeTimeout):
+        client.question("status", name="far")
 
 
 def test_the_state_directory_may_come_from_the_environment(pair):
