@@ -168,10 +168,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
+    from nodes import output
+
+    path = output.file("-o", arguments.output)
     node = mesh.find_node(arguments.state, arguments.node)
     from nodes import pull
 
-    return pull.run(node, arguments.run, arguments.output, arguments.peers, as_json=arguments.json)
+    return pull.run(node, arguments.run, path, arguments.peers, as_json=arguments.json)
 
 
 def _sim(arguments: argparse.Namespace) -> int:

@@ -14,10 +14,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import mesh
-from nodes import chart, watch
+from nodes import chart, output, watch
 from nodes.chart import Series
 
 ASKED_AT_ONCE: Final = 8
@@ -54,6 +55,7 @@ class Picture(NamedTuple):
 
 def run(order: Order) -> int:
     """Draws; returns the exit code. Raises MeshError."""
+    path = None if order.output is None else output.picture("-o", order.output)
     found = histories(
         order.state,
         order.node,
@@ -67,10 +69,10 @@ def run(order: Order) -> int:
     if not picture.loss:
         wanted = "nothing" if order.run is None else f"no run {order.run!r}"
         raise mesh.MeshError(f"{wanted} was trained here yet: `mesh run SCRIPT` trains")
-    if order.output is None:
+    if path is None:
         print(_characters(picture))
     else:
-        _file(picture, order.output)
+        _file(picture, path)
     return 0
 
 
@@ -225,14 +227,9 @@ def _characters(picture: Picture) -> str:
 # ----------------------------------------------------------------------------------- matplotlib
 
 
-def _file(picture: Picture, output: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise mesh.UsageError(
-            "a picture needs matplotlib: pip install 'gossipmesh[plots]'; "
-            "without -o the chart is drawn in the terminal"
-        ) from None
+def _file(picture: Picture, path: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, title, lines in ((upper, "loss", picture.loss), (lower, "drift", picture.drift)):
@@ -251,8 +248,6 @@ def _file(picture: Picture, output: str) -> None:
     else:
         upper.set_title(f"{len(picture.loss)} lines: too many to name")
     try:
-        figure.savefig(output, dpi=150)
+        figure.savefig(path, dpi=150)
     except OSError as error:
-        raise mesh.UsageError(f"-o {output}: {error.strerror}") from None
-    except ValueError as error:  # an ending that stands for no kind of picture
-        raise mesh.UsageError(f"-o {output}: {error}") from None
+        raise mesh.UsageError(f"-o {path}: {error.strerror}") from None

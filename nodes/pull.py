@@ -7,11 +7,8 @@ import mesh
 from nodes import render, text
 
 
-def run(node: mesh.RunningNode, name: str, output: str, peers: int, *, as_json: bool) -> int:
+def run(node: mesh.RunningNode, name: str, path: Path, peers: int, *, as_json: bool) -> int:
     """Pulls and writes; returns the exit code. Raises MeshError."""
-    path = Path(output)
-    if path.is_dir() or not path.parent.is_dir():
-        raise mesh.UsageError(f"-o {output}: a file in a directory that is there")
     with render.bar() as draw:
 
         def progress(now: mesh.PullProgress) -> None:

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Final, NamedTuple
 
 import mesh
-from nodes import keyboard, overview, plot, text, watch
+from nodes import keyboard, output, overview, plot, text, watch
 from nodes.overview import SORTS, Layout, Look, Row, Trails
 
 REFRESH_S: Final = 1.0
@@ -52,10 +52,11 @@ def run(order: Order) -> int:
         raise mesh.UsageError(
             f"--watch {order.every_s:g}: {watch.LEAST_S:g}..{watch.MOST_S:g} seconds"
         )
+    path = None if order.svg is None else output.file("--svg", order.svg)
     source = Source(order)
     first = source.look()
-    if order.svg is not None:
-        return _picture(order, source, first)
+    if path is not None:
+        return _picture(order, source, first, path)
     if order.as_json or not (watch.on_terminal() and sys.stdin.isatty()):
         return _plain(order, source)
     return _full_screen(order, source, first)
@@ -114,7 +115,7 @@ def _plain(order: Order, source: Source) -> int:
     return watch.repeat(show, order.every_s, as_json=order.as_json)
 
 
-def _picture(order: Order, source: Source, seen: Look) -> int:
+def _picture(order: Order, source: Source, seen: Look, path: Path) -> int:
     from nodes import render
 
     view, trails = View(sort=order.sort), Trails()
@@ -122,9 +123,8 @@ def _picture(order: Order, source: Source, seen: Look) -> int:
     trails.follow(seen.rows)
     lines = frame(seen, trails, view, PLAIN_WIDTH, len(seen.rows) + HEAD_LINES + FOOT_LINES)
     drawn = render.svg(lines, PLAIN_WIDTH, "mesh top")
-    assert order.svg is not None
     try:
-        Path(order.svg).write_text(drawn)
+        path.write_text(drawn)
     except OSError as error:
         raise mesh.UsageError(f"--svg {order.svg}: {error.strerror}") from None
     return 0
