@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import plistlib
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def command(settings: mesh.NodeSettings) -> list[str]:
         words += ["--interface", interface]
     if not settings.mdns:
         words.append("--no-mdns")
+    if settings.allow_control:
+        words.append("--allow-control")
     if settings.metrics is not None:
         words += ["--metrics", str(settings.metrics)]
     return words
@@ -143,7 +146,7 @@ def install(settings: mesh.NodeSettings, where: Manager, *, only_print: bool) ->
         print(written, end="")
         return 0
     if not where.present:
-        line = " ".join(map(_quoted, command(settings)))
+        line = shlex.join(command(settings)).replace("%", r"\%")  # cron ends a line at a bare one
         raise mesh.MeshError(
             f"no systemd runs this machine: let its own init start the node, or `crontab -e` with "
             f"the line\n  @reboot {line}"

@@ -6,15 +6,15 @@ import plistlib
 import shlex
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 import mesh
-from nodes import service
-from nodes.cli import main
+from nodes import grammar, service
+from nodes.cli import _parser, main
 from tests.helpers import REPOSITORY
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "mesh.service.1.json").read_text())
@@ -55,18 +55,29 @@ ALL = {
     "interfaces": ("eth0", "wlan0"),
     "mdns": False,
     "peers": (mesh.parse_address("192.168.1.20:7710"), mesh.parse_address("[fe80::1]:7710")),
+    "allow_control": True,
     "metrics": 9100,
 }
+"""Another value than the default for each; the test below fails for a setting that is missing."""
 
 
 @pytest.mark.parametrize("more", [{}, ALL], ids=["no flag", "all flags"])
 def test_the_flags_that_are_written_make_the_same_settings_again(tmp_path, monkeypatch, more):
+    assert {"state", *ALL} == {field.name for field in fields(mesh.NodeSettings)}
     ran = []
     monkeypatch.setattr(mesh, "run_node", lambda given: ran.append(given) or 0)
     words = service.command(settings(tmp_path, **more))
     assert words[1:4] == ["-P", "-m", "nodes.cli"]
     assert main(words[4:]) == 0
     assert ran == [settings(tmp_path, **more)]
+
+
+def test_every_flag_of_mesh_up_is_written(tmp_path):
+    flags = grammar.read(_parser()).commands["up"].flags
+    words = service.command(settings(tmp_path, **ALL))
+    assert {flag.spellings[-1] for flag in flags} - {"--help"} == {
+        word for word in words if word.startswith("--")
+    }
 
 
 def test_it_is_written_once_and_a_change_says_what_to_do(tmp_path, where, capsys):
@@ -130,9 +141,12 @@ def test_a_service_that_does_not_run_or_cannot_be_asked_is_no_healthy_one(
 
 
 def test_where_no_systemd_runs_it_says_what_to_do_instead(tmp_path, where, capsys):
+    given = settings(tmp_path / "100 % sure", name="a$b 'c'")
     with pytest.raises(mesh.MeshError, match="@reboot") as caught:
-        service.install(settings(tmp_path), replace(where, present=False), only_print=False)
-    assert '"up"' in str(caught.value)
+        service.install(given, replace(where, present=False), only_print=False)
+    line = str(caught.value).partition("@reboot ")[2]
+    assert line.count("%") == line.count("\\%") == 1, "a bare one is a newline to cron"
+    assert shlex.split(line.replace("\\%", "%")) == service.command(given)
     assert not where.path.exists()
 
 
