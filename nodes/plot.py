@@ -85,16 +85,15 @@ def histories(
     most: int | None = None,
     missed: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """`mesh.history/1` of the node that is meant and of those that it knows alive, `most` at most;
-    `missed` hears who did not answer. Raises MeshError."""
+    """`mesh.history/1` of the node that is meant and of those that it knows alive and that have any, the
+    `most` of them that train first; `missed` hears who did not answer. Raises MeshError."""
     fields: dict[str, Any] = {"points": points, **({} if run is None else {"run": run})}
     own = mesh.question("history", state=state, name=node, **fields)
     peers = mesh.question("peers", state=state, name=node)["peers"]
-    others = [
-        peer
-        for peer in peers
-        if peer["state"] == "alive" and any(run in (None, info["run"]) for info in peer["runs"])
-    ]
+    # One that trains nothing now may have; but who asks few asks those that do.
+    others = sorted(
+        (peer for peer in peers if peer["state"] == "alive"), key=lambda peer: not peer["runs"]
+    )
 
     def ask(peer: dict[str, Any]) -> dict[str, Any] | None:
         try:
@@ -107,7 +106,7 @@ def histories(
         return answer
 
     found = _at_once(ask, others[:most])
-    answers = [own, *(answer for answer in found if answer is not None)]
+    answers = [own, *(a for a in found if a and any(past["points"] for past in a["runs"]))]
     for answer in answers:
         answer.pop("ok", None)
     return answers

@@ -83,6 +83,31 @@ def test_a_history_that_makes_no_sense_is_named_and_left_out(answer, monkeypatch
     plot._curves(found)
 
 
+def test_who_trains_nothing_now_is_asked_for_what_it_trained_but_last(monkeypatch):
+    peers = [
+        {"id": f"id-{name}", "name": name, "state": "alive", "runs": runs}
+        for name, runs in (("rests", []), ("never", []), ("trains", [{"run": "digits"}]))
+    ]
+    answers = {
+        None: history("own"),
+        "id-rests": history("rests"),
+        "id-never": history("never", points=()),
+        "id-trains": history("trains"),
+    }
+
+    def question(op, *, state, name, **fields):
+        return {"ok": True, **({"peers": peers} if op == "peers" else answers[name])}
+
+    monkeypatch.setattr(mesh, "question", question, raising=False)
+
+    def names(**fields):
+        found = plot.histories(None, None, missed=pytest.fail, **fields)
+        return [one["node"]["name"] for one in found]
+
+    assert names() == names(run="digits") == ["own", "trains", "rests"]
+    assert names(most=1) == ["own", "trains"], "`mesh top` of a large mesh"
+
+
 def test_a_look_that_makes_no_sense_is_an_error_that_says_so():
     status = {"node": {"uptime_s": 1.0}, "mesh": {"id": "x"}, "health": []}
     node = {"id": "a", "name": "a", "load": "high", "runs": []}
