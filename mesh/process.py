@@ -170,7 +170,10 @@ def _socket_path(settings: NodeSettings, identity: Identity) -> Path:
     path = settings.state / "control.sock"
     if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
         return path
-    for directory in (host_directory(), Path(f"/tmp/gossipmesh-{os.getuid()}")):
+    directories = [Path(f"/tmp/gossipmesh-{os.getuid()}")]
+    with contextlib.suppress(OSError):  # it may be another user's
+        directories.insert(0, host_directory())
+    for directory in directories:
         path = directory / f"{identity.node[:16]}.sock"
         if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
             with contextlib.suppress(MeshError):

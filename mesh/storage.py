@@ -116,7 +116,7 @@ class StateDirectory:
         try:
             self._entry = private_directory(host_directory()) / f"{node[:16]}.json"
             write_whole(self._entry, json.dumps({"state": str(self.path)}).encode())
-        except MeshError:
+        except (MeshError, OSError):
             self._entry = None  # found by --state all the same
 
     def write_running(self, node: NodeId, name: str, control: str) -> None:

@@ -68,14 +68,21 @@ class Manager:
 def manager() -> Manager:
     """This machine's."""
     if sys.platform == "darwin":
-        folder = Path.home() / "Library" / "LaunchAgents"
+        folder = _home() / "Library" / "LaunchAgents"
         return Manager(kind="launchd", path=folder / f"{LABEL}.plist", present=True)
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or _home() / ".config")
     return Manager(
         kind="systemd",
         path=folder / "systemd" / "user" / f"{NAME}.service",
         present=Path("/run/systemd/system").is_dir(),  # as sd_booted(3)
     )
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise mesh.UsageError("no home directory is known: set $HOME") from None
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -247,7 +254,7 @@ def look(where: Manager) -> dict[str, Any]:
 def _lingers(where: Manager) -> bool:
     try:
         return (where.linger / getpass.getuser()).exists()
-    except KeyError:  # a container's user may have no name
+    except (KeyError, OSError):  # a container's user may have no name
         return False
 
 

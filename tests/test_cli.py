@@ -1,5 +1,6 @@
 """The `mesh` command as a person meets it: real processes, exit codes, what is printed where."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 import mesh
-from mesh import client
+from mesh import client, process, storage
 from mesh.client import RunningNode, node_of_state
 from mesh.core.messages import PROTOCOL
 from mesh.errors import NodeNotRunning, NodeTimeout, UsageError
+from mesh.identity import create_mesh, load
+from mesh.settings import NodeSettings
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
 
@@ -200,6 +203,23 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     says_one_thing(err)
     assert hint in err
     assert not (still_host.state("new") / "mesh.json").exists()
+
+
+@pytest.mark.parametrize("command", [("status",), ("leave",), ("service", "status")], ids=" ".join)
+def test_a_user_without_a_home_is_told_what_to_name(monkeypatch, capsys, command):
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for key in ("HOME", "MESH_STATE", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(key, raising=False)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    says_one_thing(said)
+    assert "no home directory is known: " in said
+    if command == ("status",):
+        assert main([*command, "--state", "~nosuch/x"]) == 2
+        assert "--state DIR or $MESH_STATE" in capsys.readouterr().err
 
 
 def test_an_unknown_interface_is_an_error_that_lists_those_there_are(still_host):
@@ -553,6 +573,26 @@ def test_where_all_directories_lie_too_deep_for_a_socket_a_node_answers_neverthe
     assert control.parent.stat().st_mode & 0o777 == 0o700, "nobody else's"
     node.stop()
     assert not control.exists()
+
+
+def test_a_node_runs_where_the_directory_of_all_nodes_is_another_users(tmp_path, monkeypatch):
+    def refused():
+        raise PermissionError("runtime directory is owned by uid 1; set XDG_RUNTIME_DIR instead")
+
+    for module in (storage, process, client):
+        monkeypatch.setattr(module, "host_directory", refused)
+    state = storage.StateDirectory(tmp_path)
+    state.lock()
+    state.announce("id", "a", "control.sock")
+    assert json.loads((tmp_path / "node.json").read_text())["name"] == "a", "--state finds it"
+    state.unlock()
+    assert client.running_nodes() == []
+    deep = NodeSettings(state=tmp_path / ("a" * 60) / ("b" * 60))
+    create_mesh(deep.state)
+    path = process._socket_path(deep, load(deep.state))
+    assert path.parent == Path(f"/tmp/gossipmesh-{os.getuid()}")
+    with contextlib.suppress(OSError):  # another test's socket may be there
+        path.parent.rmdir()
 
 
 def test_a_script_that_does_not_exist_makes_nothing(host):
