@@ -13,6 +13,12 @@ from mesh.settings import NodeSettings
 
 
 def main() -> int:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        said = (
+            "error: this starts a node for another program; people type `mesh up`, or `mesh --help`"
+        )
+        print(said, file=sys.stderr)
+        return 2
     try:
         return run_node(NodeSettings.from_json(sys.argv[1]), lifeline=True)
     except MeshError as error:

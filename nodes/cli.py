@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 error, 2 usage, 3 no node running, 4 unhealthy, 5 timeout, 6
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -31,8 +32,12 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    _open_streams()
     try:
-        return execute(argv)
+        try:
+            return execute(argv)
+        finally:
+            sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
     except BrokenPipeError:
         # Somebody closed the pipe we print into (`mesh peers | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,13 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error)
 
 
+def _open_streams() -> None:
+    """Whatever a caller closed (`mesh status >&-`) is there, and takes every character."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (till the end)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def execute(argv: Sequence[str] | None) -> int:
     """The same for `mesh shell`, which goes on: OSError is left to the caller."""
     arguments = _parser().parse_args(argv)
     try:
         code = _act(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a closed pipe shows itself here, not while Python ends
+        sys.stdout.flush()  # an output that is full shows itself here
         return code
     except mesh.MeshError as error:
         return _fail(error, error.code, error.hint, as_json=getattr(arguments, "json", False))
@@ -170,6 +183,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _pull(arguments: argparse.Namespace) -> int:
     from nodes import output
 
+    questions.check("--peers", arguments.peers, questions.PULL_PEERS)
     path = output.file("-o", arguments.output)
     node = mesh.find_node(arguments.state, arguments.node)
     from nodes import pull

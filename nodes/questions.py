@@ -25,6 +25,9 @@ BENCH_SLACK_S = 6.0
 PING_S = 2.2
 """For one round trip that does not come back, and the pause before the next."""
 
+PING_COUNT, BENCH_MB, BENCH_S, PULL_PEERS = (1, 100), (1e-6, 1073), (0.1, 60), (1, 64)
+"""What a node does: known here too, so that no figure is computed with that is none, or endless."""
+
 BAR_COLUMNS = 30
 
 Arguments = Any
@@ -95,12 +98,22 @@ def follow(op: str, arguments: Arguments) -> int:
         since, wait_s = max(since, answer["next"]), FOLLOW_S
 
 
+def check(flag: str, value: float, limits: tuple[float, float]) -> None:
+    """Raises UsageError for a number that is too small, too large, or none."""
+    low, high = limits
+    if not low <= value <= high:
+        raise mesh.UsageError(f"{flag} {value:g}: {low:g}..{high:g}")
+
+
 def _ping(arguments: Arguments) -> dict[str, Any]:
-    more_s = PING_S * max(1, arguments.count)
+    check("--count", arguments.count, PING_COUNT)
+    more_s = PING_S * arguments.count
     return asked("ping", arguments, more_s, target=arguments.target, count=arguments.count)
 
 
 def _bench(arguments: Arguments) -> dict[str, Any]:
+    check("--mb", arguments.mb, BENCH_MB)
+    check("--seconds", arguments.seconds, BENCH_S)
     bar = _bar if sys.stderr.isatty() else None
     try:
         return asked(
@@ -108,7 +121,7 @@ def _bench(arguments: Arguments) -> dict[str, Any]:
             arguments,
             arguments.seconds + BENCH_SLACK_S,
             target=arguments.target,
-            bytes=max(1, round(1e6 * arguments.mb)),
+            bytes=round(1e6 * arguments.mb),
             seconds=arguments.seconds,
             on_progress=bar,
         )

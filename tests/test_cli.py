@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import mesh
-from mesh import client, process, storage
+from mesh import arguments, client, observer, process, storage
 from mesh.client import RunningNode, node_of_state
 from mesh.core.messages import PROTOCOL
 from mesh.errors import NodeNotRunning, NodeTimeout, UsageError
 from mesh.identity import create_mesh, load
 from mesh.settings import NodeSettings
+from nodes import questions
 from nodes.cli import main
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
 
@@ -169,6 +170,14 @@ MISTAKES = [
     (("status",), 3, "mesh up"),
     (("status", "--state", "member"), 3, "mesh up"),
     (("status", "--state", "new", "--json"), 3, "mesh up"),
+    *(
+        (("bench", "b", flag, number), 2, f"mesh: {flag} {number}: ")
+        for flag in ("--mb", "--seconds")
+        for number in ("nan", "inf", "-5", "1e+30")
+    ),
+    (("ping", "b", "-c", "99999999999999999999"), 2, "--count 1e+20: 1..100"),
+    (("ping", "b", "-c", "0"), 2, "--count 0: 1..100"),
+    (("pull", "--run", "r", "-o", "m", "--peers", "0"), 2, "--peers 0: 1..64"),
     (("peers", "-N", "nobody"), 3, "nobody"),
     (("status", "-N", "nobody"), 3, "none"),
 ]
@@ -220,6 +229,25 @@ def test_a_user_without_a_home_is_told_what_to_name(monkeypatch, capsys, command
     if command == ("status",):
         assert main([*command, "--state", "~nosuch/x"]) == 2
         assert "--state DIR or $MESH_STATE" in capsys.readouterr().err
+
+
+def test_the_limits_that_the_command_line_knows_are_those_of_a_node():
+    assert arguments.NUMBERS["count"] == questions.PING_COUNT
+    assert arguments.SECONDS["seconds"] == questions.BENCH_S
+    assert questions.PULL_PEERS == (1, observer.PEERS_LIMIT)
+    low, high = (round(1e6 * mb) for mb in questions.BENCH_MB)
+    assert arguments.NUMBERS["bytes"][0] == low
+    assert high <= arguments.NUMBERS["bytes"][1] < high + 1e6
+
+
+def test_the_bare_node_process_says_who_starts_it(still_host):
+    for given in ((), ("--help",)):
+        command = [sys.executable, "-m", "mesh", *given]
+        at = {"env": still_host.environment, "cwd": still_host.root}
+        said = subprocess.run(command, **at, capture_output=True, text=True, check=False)
+        assert (said.returncode, said.stdout) == (2, "")
+        assert said.stderr.count("\n") == 1
+        assert "`mesh up`" in said.stderr
 
 
 def test_an_unknown_interface_is_an_error_that_lists_those_there_are(still_host):
@@ -434,6 +462,41 @@ def test_printing_into_a_closed_pipe_is_no_error(pair):
             check=False,
         )
     assert (completed.returncode, completed.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help | true; echo ${PIPESTATUS[0]} >&2", 0),
+        ("status --state a >&-; echo $? >&2", 0),
+        ("peers --state a 2>&-; echo $? >&2", 0),
+        ("bench b --state a --mb 0.1 --seconds 1 2>&-; echo $? >&2", 0),
+        ("shell <&-; echo $? >&2", 0),
+        ("status --state new 2>&- >&-; echo $? >&2", 3),
+    ],
+)
+def test_a_stream_that_is_closed_is_no_error(pair, line, code):
+    host, _, _ = pair
+    mesh = f"{sys.executable} -m nodes.cli"
+    completed = subprocess.run(
+        ["bash", "-c", f"exec 3>&2; {mesh} {line.replace('>&2', '>&3')}"],
+        env=host.environment,
+        cwd=host.root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert completed.stderr == f"{code}\n"
+
+
+def test_a_terminal_that_knows_few_characters_gets_others_in_their_place(host):
+    host.member("ä→b")
+    host.up("ä→b")
+    for command in (("status", "--state", "ä→b"), ("ls",)):
+        told = host.mesh(*command, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+        assert (told.returncode, told.stderr) == (0, "")
+        assert "??b" in told.stdout
 
 
 def test_a_script_beside_a_running_node_leaves_it_running(pair):
