@@ -57,14 +57,19 @@ def _open_streams() -> None:
 
 
 def execute(argv: Sequence[str] | None) -> int:
-    """The same for `mesh shell`, which goes on: OSError is left to the caller."""
+    """The same for `mesh shell`, which goes on: a standard output that fails is left to the caller."""
     arguments = _parser().parse_args(argv)
+    as_json = getattr(arguments, "json", False)
     try:
         code = _act(arguments)
         sys.stdout.flush()  # an output that is full shows itself here
         return code
     except mesh.MeshError as error:
-        return _fail(error, error.code, error.hint, as_json=getattr(arguments, "json", False))
+        return _fail(error, error.code, error.hint, as_json=as_json)
+    except OSError as error:
+        if not as_json or isinstance(error, BrokenPipeError):
+            raise
+        return _fail(error, as_json=True)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -207,6 +212,15 @@ def _sim(arguments: argparse.Namespace) -> int:
                 as_json=arguments.json,
             )
         )
+    for flag, given in (
+        ("-o", arguments.output),
+        ("--strategies", arguments.strategies),
+        ("--evaluate", arguments.evaluate),
+    ):
+        if given:
+            raise mesh.UsageError(
+                f"{flag} {given}: of which SCRIPT? `mesh sim {flag} ... train.py`"
+            )
     from nodes import sim
 
     return sim.run(

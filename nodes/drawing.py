@@ -37,7 +37,7 @@ def losses(reports: dict[str, mesh.LearningReport]) -> dict[str, Points]:
 
 
 def picture(reports: dict[str, mesh.LearningReport], out: Path) -> None:
-    """Loss, accuracy where it was evaluated, and drift, by step. Raises OSError, UsageError."""
+    """Loss, accuracy where it was evaluated, and drift, by step. Raises OSError."""
     from matplotlib.figure import Figure
 
     accurate = any(look.accuracy for report in reports.values() for look in report.looks)
@@ -65,10 +65,7 @@ def picture(reports: dict[str, mesh.LearningReport], out: Path) -> None:
         if axis.has_data():
             axis.legend(fontsize="small")
     axes["loss"].set_yscale("log")
-    try:
-        figure.savefig(out)
-    except ValueError as error:  # an ending that matplotlib does not know
-        raise mesh.UsageError(f"-o {out}: {error}") from None
+    figure.savefig(out)
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import mesh
-from nodes import chart, drawing, text, watch
+from nodes import chart, drawing, output, text, watch
 
 AS_IT_IS: Final = "as it is"
 ONE_PLACE: Final = "one-place"
@@ -39,8 +39,7 @@ class Lesson:
 
 def run(lesson: Lesson) -> int:
     """Simulates, prints and draws; returns the exit code. Raises MeshError."""
-    if lesson.out is not None and not drawing.possible():
-        raise mesh.UsageError("-o needs matplotlib: pip install 'gossipmesh[plots]'")
+    out = None if lesson.out is None else output.picture("-o", lesson.out)
     reports: dict[str, mesh.LearningReport] = {}
     for name in _strategies(lesson):
         print(f"{lesson.nodes} machines, {name}", file=sys.stderr)
@@ -60,16 +59,27 @@ def run(lesson: Lesson) -> int:
                 print(json.dumps({**about, "hint": error.hint}))
             print(error, file=sys.stderr)
             return error.exit_code
-    if drawing.possible():
-        out = Path(lesson.out or f"{Path(lesson.script).stem}-sim.png")
-        drawing.picture(reports, out)
-        print(f"drawn: {out}", file=sys.stderr)
     if lesson.as_json:
         print(json.dumps(_as_json(lesson, reports)))
     else:
         print(_charts(reports))
         print("\n" + _table(reports))
+    if out is not None or drawing.possible():
+        _draw(reports, out, Path(f"{Path(lesson.script).stem}-sim.png"))
     return 0
+
+
+def _draw(reports: dict[str, mesh.LearningReport], asked: Path | None, default: Path) -> None:
+    """Raises MeshError where a picture was asked for; one that nobody asked for may be missing."""
+    out = asked or default
+    try:
+        drawing.picture(reports, out)
+        print(f"drawn: {out}", file=sys.stderr)
+    except OSError as error:
+        said = f"cannot draw {out}: {error.strerror}"
+        if asked is not None:
+            raise mesh.MeshError(said) from None
+        print(f"mesh: {said}; -o names another file", file=sys.stderr)
 
 
 def _strategies(lesson: Lesson) -> tuple[str, ...]:
@@ -136,11 +146,11 @@ def _as_json(lesson: Lesson, reports: dict[str, mesh.LearningReport]) -> dict[st
 def _figures(report: mesh.LearningReport) -> dict[str, Any]:
     found = report.accuracy
     return {
-        "loss": report.loss if math.isfinite(report.loss) else None,
-        "averaged": found.averaged if found else None,
-        "mean_node": found.mean if found else None,
-        "worst_node": found.worst if found else None,
-        "drift": report.drift,
+        "loss": _finite(report.loss),
+        "averaged": _finite(found.averaged) if found else None,
+        "mean_node": _finite(found.mean) if found else None,
+        "worst_node": _finite(found.worst) if found else None,
+        "drift": _finite(report.drift),
         "transfers": round(report.transfers, 3),
         "bytes_sent": round(report.bytes_sent),
         "steps": [history.steps for history in report.histories],
@@ -148,3 +158,8 @@ def _figures(report: mesh.LearningReport) -> dict[str, Any]:
         "wall_s": round(report.wall_s, 3),
         "digest": report.digest,
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no others."""
+    return value if math.isfinite(value) else None
