@@ -186,7 +186,8 @@ def question(
         find_node(state, name)  # says that there is none
     # Another node's process may wait for the network: leave it time to say that nothing came.
     within_s = max(timeout_s / 2, timeout_s - 1.0)
-    unknown = UsageError(f"no node {name!r}")
+    nobody = f"no node {name!r}"
+    unknown = UsageError(nobody)
     silent: NodeTimeout | None = None
     for node in nodes if chosen is None else [node_of_state(chosen)]:
         try:
@@ -194,7 +195,7 @@ def question(
         except NodeTimeout as error:
             silent = error
         except UsageError as error:
-            if not str(error).startswith(str(unknown)):
+            if not str(error).startswith(nobody):
                 raise  # that node itself says what is wrong: nobody else is meant
             unknown = error
         else:
