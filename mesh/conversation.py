@@ -31,9 +31,10 @@ from mesh.frames import STALL_S, FrameReader, send_frame
 from mesh.net.transport import Stream
 from mesh.runs import Run
 
-FRAGMENT_S: Final = 60.0
-"""For a fragment to go out, and for a delta to come in: 1 MiB at 17 kB/s. STALL_S counts from byte to byte,
-so a byte every nine seconds would hold the run for ever."""
+FRAGMENT_S: Final = 300.0
+"""For a fragment to go out, and for a delta to come in: 1 MiB at 3.5 kB/s, half of what TCP moves where 30 %
+of all packets are lost. STALL_S counts from byte to byte, so a byte every nine seconds would hold the run for
+ever."""
 
 
 @contextlib.contextmanager

@@ -249,10 +249,10 @@ def test_a_responder_that_drips_a_byte_at_a_time_holds_a_run_half_of_the_time_at
 
             async def completed_in(seconds):
                 before = [p.run.counters.completed for p in players]
-                for _ in range(2 * seconds):
+                for _ in range(seconds // 2):
                     for player in players:
                         await player.post(0.001, waits=True)
-                    await trio.sleep(0.5)
+                    await trio.sleep(2)
                 return min(
                     p.run.counters.completed - b for p, b in zip(players, before, strict=True)
                 )
@@ -261,10 +261,10 @@ def test_a_responder_that_drips_a_byte_at_a_time_holds_a_run_half_of_the_time_at
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(hostile.serve)
                 await hostile.join(nursery, 1, 2, 3)
-                done = await completed_in(600)
+                done = await completed_in(3000)
                 nursery.cancel_scope.cancel()
             return done, min(p.run.counters.failed for p in players)
 
     done, failed = run_seeded(main, 1)
     assert failed > 2, "each asked it"
-    assert done > 0.4 * 1200
+    assert done > 0.4 * 1500
