@@ -85,8 +85,10 @@ def bench(answer: dict[str, Any]) -> str:
 
 
 def millis(seconds: float | None) -> str:
-    """0.812 ms."""
-    return "-" if seconds is None else f"{1000 * seconds:.3g} ms"
+    """0.812 ms; 1.5 s."""
+    if seconds is None or seconds >= 0.9995:
+        return duration(seconds)
+    return f"{1000 * seconds:.3g} ms"
 
 
 def done(answer: dict[str, Any]) -> str:

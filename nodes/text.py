@@ -38,8 +38,9 @@ def duration(seconds: float | None) -> str:
     """3.2 s, 4m10s, 2h14m, 3d2h; - where unknown."""
     if seconds is None:
         return "-"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
+    seconds = round(seconds)
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if minutes < 60:
         return f"{int(minutes)}m{int(seconds % 60):02}s"
@@ -51,7 +52,7 @@ def duration(seconds: float | None) -> str:
 def size(count: float) -> str:
     """1.2 MB and so on, in steps of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < (999.5 if unit == "B" else 999.95):  # what is rounded to 1000 is 1.0 of the next
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
