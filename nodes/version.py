@@ -10,12 +10,15 @@ import mesh
 
 
 def answer() -> dict[str, Any]:
-    """`mesh.version/1`; `nodes` are those that run here."""
-    nodes = []
+    """`mesh.version/1`; `nodes` are those that run here, `silent` those that do not answer."""
+    nodes, silent = [], []
     for running in mesh.running_nodes():
         try:
             node = mesh.ask(running, "status")["node"]
-        except mesh.MeshError:
+        except mesh.NodeTimeout:
+            silent.append({"id": running.node, "name": running.name})
+            continue
+        except mesh.MeshError:  # it ended a moment ago
             continue
         nodes.append({key: node[key] for key in ("id", "name", "version", "protocol")})
     return {
@@ -24,6 +27,7 @@ def answer() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "nodes": nodes,
+        "silent": silent,
     }
 
 
@@ -35,4 +39,5 @@ def draw(told: dict[str, Any]) -> str:
         lines.append(
             f"node {node['name']} runs {node['version']} (protocol {node['protocol']}){old}"
         )
+    lines += [f"node {node['name']} does not answer: is it stopped?" for node in told["silent"]]
     return "\n".join(lines)
