@@ -127,7 +127,8 @@ class Lines(cmd.Cmd):
         """For the words behind it: (text, line, begin, end)."""
         text, line, begin, _ = ignored
         words = line[:begin].split()
-        return [f"{word} " for word in grammar.candidates(self._known, words, text)]
+        offered = grammar.candidates(self._known, words, text)
+        return [f"{shlex.quote(word)} " for word in offered]  # a node's name may hold anything
 
 
 def python(state: str | None, node: str | None) -> int:

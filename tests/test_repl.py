@@ -1,5 +1,6 @@
 """`mesh shell`: lines typed into a pseudo-terminal, or piped in."""
 
+import shlex
 import signal
 import stat
 import subprocess
@@ -113,11 +114,14 @@ def test_a_command_that_fails_is_said_and_the_shell_stays(capsys):
     assert lines.onecmd("exit") is True
 
 
-def test_words_are_completed_from_the_same_grammar(capsys):
+def test_words_are_completed_from_the_same_grammar(monkeypatch):
     lines = repl.Lines(execute, grammar.read(_parser()), {})
     assert lines.completenames("vers") == ["version "]
     assert lines.completedefault("--j", "status --j", 7, 10) == ["--json "]
     assert lines.completedefault("z", "completion z", 11, 12) == ["zsh "]
+    monkeypatch.setattr(grammar, "names", lambda: ["pi4", "pi of ada; x"])
+    offered = lines.completedefault("pi", "status -N pi", 10, 12)
+    assert [shlex.split(word) for word in offered] == [["pi4"], ["pi of ada; x"]]
 
 
 def test_the_node_that_the_shell_was_started_for_is_meant_by_every_line():
