@@ -140,10 +140,13 @@ def _leave(arguments: argparse.Namespace) -> int:
         answer = questions.leave(arguments)
         print(json.dumps(answer) if arguments.json else listing.done(answer))
         return 0
-    token = runner.leave(mesh.state_directory(arguments.state))
+    answer = runner.leave(mesh.state_directory(arguments.state))
+    if arguments.json:
+        print(json.dumps(answer))
+        return 0
     print("this machine is in no mesh any more")
-    if token is not None:
-        print(f"it made that mesh; others can still be added with:\n  mesh join {token}")
+    if answer["token"] is not None:
+        print(f"it made that mesh; others can still be added with:\n  mesh join {answer['token']}")
     return 0
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import mesh
 
@@ -78,8 +78,13 @@ def _signals_go_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def leave(state: Path) -> str | None:
-    """Stops the node that runs with this state, then forgets the mesh. Returns a token to keep."""
+def leave(state: Path) -> dict[str, Any]:
+    """Stops the node that runs with this state, then forgets the mesh. `mesh.done/1`, with a token to
+    keep if this machine made the mesh."""
+    node = {"id": "", "name": ""}  # nobody knows better where the identity is damaged
+    with contextlib.suppress(mesh.IdentityError):
+        own = mesh.check_identity(state)
+        node = {"id": own.node, "name": own.name}
     with contextlib.suppress(mesh.NodeNotRunning):
         mesh.ask(mesh.find_node(str(state)), "leave")
         deadline = time.monotonic() + LEAVE_S
@@ -87,4 +92,5 @@ def leave(state: Path) -> str | None:
             mesh.find_node(str(state))  # raises NodeNotRunning once it is gone
             time.sleep(0.02)
         raise mesh.MeshError("the node did not stop; end it, then run `mesh leave` again")
-    return mesh.leave_mesh(state)
+    token = mesh.leave_mesh(state)
+    return {"schema": "mesh.done/1", "node": node, "did": "leave", "runs": [], "token": token}
