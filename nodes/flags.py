@@ -71,14 +71,17 @@ def as_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 
-def node(parser: argparse.ArgumentParser) -> None:
+def node(
+    parser: argparse.ArgumentParser,
+    told: str = "which node: one of this machine, or any of the mesh, asked through it",
+) -> None:
     state(parser)
-    parser.add_argument(
-        "-N",
-        "--node",
-        metavar="NAME",
-        help="which node: one of this machine, or any of the mesh, asked through it",
-    )
+    parser.add_argument("-N", "--node", metavar="NAME", help=told)
+
+
+def node_here(parser: argparse.ArgumentParser) -> None:
+    node(parser, "which node of this machine; no other can be asked for this")
+    as_json(parser)
 
 
 def question(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +176,7 @@ def completion(parser: argparse.ArgumentParser) -> None:
 
 
 def pull(parser: argparse.ArgumentParser) -> None:
-    question(parser)
+    node_here(parser)
     parser.add_argument("--run", required=True, metavar="NAME", help="the training's name")
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="the safetensors file to write"
@@ -188,7 +191,7 @@ def pull(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
-    question(parser)
+    node_here(parser)
     parser.add_argument(
         "--interface",
         action="append",

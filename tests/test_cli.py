@@ -17,10 +17,11 @@ from mesh import arguments, client, observer, process, storage
 from mesh.client import RunningNode, node_of_state
 from mesh.core.messages import PROTOCOL
 from mesh.errors import NodeNotRunning, NodeTimeout, UsageError
-from mesh.identity import create_mesh, load
+from mesh.identity import create_mesh, is_member, join_mesh, load, read_token
 from mesh.settings import NodeSettings
-from nodes import questions
-from nodes.cli import main
+from nodes import grammar, questions
+from nodes.cli import _parser, main
+from tests import schemas
 from tests.helpers import DEADLINE_S, QUIET, Host, free_port, parsed, until
 
 NONE = type(None)
@@ -150,6 +151,22 @@ def test_a_mesh_is_made_joined_and_left(host):
     is_one_line_for_a_person(host.mesh("token", "--state", "a"), 1)
 
 
+def test_leaving_is_told_to_a_program_with_the_token_to_keep(tmp_path, command):
+    create_mesh(tmp_path / "a", "first")
+    join_mesh(tmp_path / "b", token := read_token(tmp_path / "a"))
+    for name, kept in (("a", token), ("b", None)):
+        own = load(tmp_path / name)
+        code, out, err = command("leave", "--state", tmp_path / name, "--json")
+        answer = schemas.fits(json.loads(out), "mesh.done/1")
+        assert (code, err, answer["token"]) == (0, "", kept)
+        assert answer["node"] == {"id": own.node, "name": own.name}
+    join_mesh(tmp_path / "b", token)
+    (tmp_path / "b" / "node.pem").write_text("damaged")
+    answer = json.loads(command("leave", "--state", tmp_path / "b", "--json")[1])
+    assert schemas.fits(answer)["node"]["id"] == ""
+    assert not is_member(tmp_path / "b")
+
+
 MISTAKES = [
     (("init", "--state", "member"), 2, "mesh leave"),
     (("init", "--state", "new", "--name", "x" * 33), 2, "32"),
@@ -238,6 +255,36 @@ def test_the_limits_that_the_command_line_knows_are_those_of_a_node():
     low, high = (round(1e6 * mb) for mb in questions.BENCH_MB)
     assert arguments.NUMBERS["bytes"][0] == low
     assert high <= arguments.NUMBERS["bytes"][1] < high + 1e6
+
+
+def test_a_version_names_the_node_that_does_not_answer(monkeypatch, command):
+    here = [RunningNode(f"{name}-id", name, 1, "", Path(name)) for name in ("a", "b", "c")]
+
+    def ask(node, op):
+        match node.name:
+            case "a":
+                return {"node": {"id": "a-id", "name": "a", "version": "0", "protocol": 4}}
+            case "b":
+                raise NodeTimeout("is it stopped?")
+        raise NodeNotRunning("it ended")
+
+    monkeypatch.setattr(mesh, "running_nodes", lambda: here, raising=False)
+    monkeypatch.setattr(mesh, "ask", ask, raising=False)
+    answer = schemas.fits(json.loads(command("version", "--json")[1]))
+    assert [node["name"] for node in answer["nodes"]] == ["a"]
+    assert answer["silent"] == [{"id": "b-id", "name": "b"}]
+    said = command("version")[1].splitlines()
+    assert said[2:] == ["node b does not answer: is it stopped?"]
+
+
+def test_what_is_asked_of_this_machine_only_promises_no_more():
+    """`mesh pull -N` finds its node by find_node(), which knows no other machine's."""
+    commands = grammar.read(_parser()).commands
+    for name, command in commands.items():
+        [told] = [f.help for f in command.flags if "-N" in f.spellings] or [None]
+        if told is not None:
+            here_only = told.startswith("which node of this machine")
+            assert here_only == (name in ("pull", "doctor")), name
 
 
 def test_the_bare_node_process_says_who_starts_it(still_host):
