@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mesh
-from mesh import arguments, client, observer, process, storage
+from mesh import arguments, client, launch, observer, process, storage
 from mesh.client import RunningNode, node_of_state
 from mesh.core.messages import PROTOCOL
 from mesh.errors import NodeNotRunning, NodeTimeout, UsageError
@@ -709,6 +709,23 @@ def test_a_script_that_does_not_exist_makes_nothing(host):
     is_one_line_for_a_person(host.mesh("run", "--state", "a", *QUIET, "train.py"), 2)
     is_one_line_for_a_person(host.mesh("run", "--state", "a", *QUIET, host.root), 2)
     assert not host.state("a").exists()
+
+
+def test_a_node_is_told_to_end_before_it_ends_by_itself(monkeypatch, tmp_path):
+    """The other way round the signal may find it tidying up, when it obeys none any more."""
+    happened = []
+
+    class Process:
+        class stdin:
+            close = staticmethod(lambda: happened.append("let go"))
+
+        terminate = staticmethod(lambda: happened.append("signal"))
+        wait = staticmethod(lambda timeout_s: happened.append("waited"))
+
+    monkeypatch.setattr(launch, "ask", lambda *asked: {"runs": []})
+    held = launch.NodeProcess(Process(), RunningNode("id", "a", 1, "", tmp_path))
+    held.stop()
+    assert happened == ["signal", "let go", "waited"]
 
 
 def test_a_signal_to_mesh_run_reaches_the_script(host):
