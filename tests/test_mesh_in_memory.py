@@ -212,8 +212,17 @@ def test_a_node_that_leaves_is_looked_for_by_nobody():
             await until(lambda: all(mesh.states(i)["n2"] == "left" for i in (1, 3)), 1.0)
             await trio.sleep(60)
             assert all(mesh.states(i)["n2"] == "left" for i in (1, 3))
+            [row] = [p for p in mesh.nodes[1].statistics().protocol.peers if p.name == "n2"]
+            assert row.reason == ""
             mesh.start(2)
             await until(lambda: alive_everywhere(mesh), 2.0)
+            for index in (1, 3):
+                told = [
+                    e.text.split(") ")[1]
+                    for e in mesh.nodes[index].journal.events(0, 100)
+                    if e.node == node_id(2)
+                ]
+                assert told == ["is alive", "left", "is alive again"]
 
     run_seeded(main, 4)
 

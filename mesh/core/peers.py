@@ -42,7 +42,7 @@ class Peers:
         self.strangers = Strangers()
         self.twins = Twins()
         self.reasons: dict[NodeId, str] = {}
-        """why a member is suspect or dead"""
+        """why a member is suspect or dead; empty where it left. None of who lives all the while"""
         self._news: list[Member] = []
         self._search_at = math.inf
         self._stored = own.incarnation + INCARNATION_BLOCK
@@ -106,8 +106,7 @@ class Peers:
         dialled = event.contact is not None
         found = self.detector.connected(node, now, self.membership.fingerprint, dialled=dialled)
         effects += self.found(found, now)
-        if node in self.membership.others:  # not where the table is full
-            row = self.membership.others[node]
+        if (row := self.membership.others.get(node)) is not None:  # None where the table is full
             self._news.append(row)
             if row.state is not State.ALIVE:
                 effects += self.gossip.send(node, *pages([row]))  # so that it refutes
@@ -325,10 +324,10 @@ class Peers:
             news = news[1:]
         for row in news:
             effects += self._row_changed(row, now, known=row.node not in newcomers)
-        if len(self.reasons) > len(self.membership.others):
+        held = self.membership.others
+        if len(self.reasons) > len(held):
             # A full table forgets who ended first: inventions must not outlive their rows here.
-            known = self.membership.others
-            self.reasons = {node: why for node, why in self.reasons.items() if node in known}
+            self.reasons = {node: why for node, why in self.reasons.items() if node in held}
         return effects + self.gossip.pass_on(news, source, newcomers, now)
 
     def _row_changed(self, row: Member, now: float, *, known: bool) -> list[ev.Effect]:
@@ -353,6 +352,7 @@ class Peers:
                 self.detector.forget(row.node)
                 return [ev.Abandon(node=row.node), *self._hearsay(row, known=known)]
             case State.LEFT:
+                self.reasons[row.node] = ""
                 self.detector.forget(row.node)
                 self.contacts.drop(row.node)
                 effects: list[ev.Effect] = [_note(row, "left", "left")] if known else []
