@@ -43,6 +43,7 @@ from mesh.core.messages import (
     State,
     Verdict,
     Versions,
+    Wanted,
 )
 from mesh.core.protocol import MeshProtocol
 from mesh.core.suspicion import ALONE_S, CONFIRMATIONS, CONFIRMED_S, FEW_S, suspicion_of
@@ -676,6 +677,19 @@ def test_a_node_that_is_told_that_its_identity_is_taken_believes_only_what_it_se
     effects = core.handle(told, 0.1)
     assert not any(isinstance(e, ev.Stop) for e in effects)
     assert [e.addresses for e in effects if isinstance(e, ev.Dial)] == [elsewhere]
+
+
+def test_a_table_is_told_ten_times_a_second_at_most_however_it_is_asked_for():
+    wires = joined(ME, A)
+    (number,) = (n for (node, n), _ in wires.ends.items() if node == ME)
+    rows = 0
+    for _ in range(20):
+        for message in (Versions(versions=()), Wanted(versions=(1,)), Wanted(versions=())):
+            asked = ev.Received(node=A, connection=number, message=message)
+            effects = wires.cores[ME].handle(asked, wires.now)
+            sent = [e.message for e in effects if isinstance(e, ev.Send)]
+            rows += sum(len(m.members) for m in sent if isinstance(m, Members))
+    assert rows == 2
 
 
 def test_made_up_twins_are_looked_for_one_at_a_time_and_seldom():

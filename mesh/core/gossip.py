@@ -86,8 +86,8 @@ class Gossip:
         """whose rows are to be passed on, in a large mesh"""
         self._pass_on_at = math.inf
         self._ask_at = -math.inf
-        self._asked: dict[NodeId, tuple[type, float]] = {}
-        """what each peer asked for last, and when"""
+        self._asked: dict[tuple[NodeId, type], float] = {}
+        """when each peer asked last, in each of the two ways"""
 
     def send(self, node: NodeId, *messages: ControlMessage) -> list[ev.Effect]:
         """To a peer, if it is connected."""
@@ -132,11 +132,11 @@ class Gossip:
 
     def answer(self, node: NodeId, message: Versions | Wanted, now: float) -> list[ev.Effect]:
         """The rows that the peer lacks; asks for those that this table lacks."""
-        asked = self._asked.get(node)
-        if asked is not None and asked[0] == type(message) and now - asked[1] < ANSWER_S:
+        asked = node, type(message)
+        if now - self._asked.get(asked, -math.inf) < ANSWER_S:
             return []
-        self._asked = {n: a for n, a in self._asked.items() if n in self._connections}
-        self._asked[node] = type(message), now
+        self._asked = {a: at for a, at in self._asked.items() if a[0] in self._connections}
+        self._asked[asked] = now
         if isinstance(message, Wanted):
             return self.send(node, *pages(self._membership.rows_of(message.versions, now)))
         lacked, wanted = self._membership.compare(message.versions, now)
