@@ -203,6 +203,38 @@ def test_a_process_with_a_copied_identity_is_refused_wherever_it_shows_itself():
     run_seeded(main, 23)
 
 
+def test_a_node_that_lost_its_incarnation_exchanges_again_once_it_heard_of_the_old_one():
+    async def main(rng):
+        async with memory_mesh(rng) as mesh:
+            mesh._incarnation = 200_000_000
+            players = []
+            for index in (1, 2):
+                mesh.start(index)
+                players.append(await mesh.attach(index, np.full(6, index)))
+            first, second = players
+
+            async def exchange(seconds):
+                for _ in range(seconds):
+                    for player in players:
+                        await player.post(0.1, waits=True)
+                    await trio.sleep(1)
+
+            await until(lambda: first.begun and second.begun)
+            await exchange(10)
+            mesh.crash(2)
+            await trio.sleep(5)
+            mesh._incarnation = -9999
+            mesh.start(2)
+            second.lost()
+            await second.attach(mesh.nodes[2])
+            await exchange(20)
+            return second.run.counters
+
+    counters = run_seeded(main, 3)
+    assert counters.completed > 5
+    assert counters.failed == 0
+
+
 def test_a_node_that_leaves_is_looked_for_by_nobody():
     async def main(rng):
         async with memory_mesh(rng, 3) as mesh:

@@ -375,6 +375,17 @@ def test_figures_that_are_as_old_as_the_wire_can_say_are_handed_on_in_frames_tha
     assert news.reports[0].age_ms == AGE_LIMIT_MS + 2000
 
 
+def test_reports_are_numbered_above_what_others_remember_of_a_lost_incarnation():
+    info = RunInfo(run="toy", schema="s", started=True, exchanged=True)
+    membership = Membership(replace(first_row(node_id(0), "n0", 1, ()), runs=(info,)))
+    table, serials = ReportTable(membership), []
+    for now in (0.0, 10.0):
+        table.publish("toy", figures(1), now)
+        serials.append(table.news(now).reports[0].serial)
+        membership.merge([replace(membership.own, incarnation=7, state=State.DEAD)])
+    assert [serial >> 32 for serial in serials] == [1, 8]
+
+
 def crowd(count):
     """The rows of so many members that train."""
     info = RunInfo(run="toy", schema="s", started=True, exchanged=True)

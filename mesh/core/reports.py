@@ -50,8 +50,7 @@ class ReportTable:
         self._count = 0
         self._own: dict[str, tuple[Figures, float]] = {}
         """of this node's runs, not told yet"""
-        # As with exchange numbers: a restart begins above all that the last process used.
-        self._serial = membership.own.incarnation << 32
+        self._serial = 0
 
     def publish(self, run: str, figures: Figures, now: float) -> None:
         """How a run of this node does now; it is told at the next probe."""
@@ -129,8 +128,9 @@ class ReportTable:
                 continue
             figures, said_at = self._own.pop(run)
             if self._trains(node, run):
-                self._serial += 1
-                serial = self._serial
+                # As with exchange numbers: above all that the last process used.
+                serial = max(self._serial, self._membership.own.incarnation << 32) + 1
+                self._serial = serial
                 report = Report(node=node, run=run, serial=serial, age_ms=0, figures=figures)
                 self._keep(report, said_at)
 
