@@ -80,7 +80,11 @@ def check_books(made):
     assert made.fingerprint == reduce(xor, (known(row)[1] for row in living))
     assert made._versions == {row.node: known(row)[1] for row in all_rows}
     ended = [row for row in made.others.values() if row.state > State.SUSPECT]
-    assert {row.node: row for row in made.ended_others()} == {row.node: row for row in ended}
+    lost = {row.node: row for row in made.lost_others()}
+    assert set(made._lost) == lost.keys() - made.others.keys()
+    assert {n: row for n, row in lost.items() if n in made.others} == {
+        row.node: row for row in ended if row.state is State.DEAD
+    }
     assert set(made.living_others()) == set(made.others) - {row.node for row in ended}
     assert made.trains == {row.node: row for row in made.others.values() if row.runs}
 

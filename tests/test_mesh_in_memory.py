@@ -96,6 +96,25 @@ def test_a_cut_cable_is_a_suspicion_then_a_death_and_heals_by_itself():
     run_seeded(main, 3)
 
 
+def test_a_partition_heals_after_hours_where_nobody_knows_any_more_who_was_there():
+    async def main(rng):
+        async with memory_mesh(rng) as mesh:
+            mesh.start(1, discovery=False)
+            for index in (2, 3):
+                hand = [("peer", Address("10.0.0.1", 7710))]
+                mesh.start(index, discovery=False, candidates=hand)
+            await until(lambda: alive_everywhere(mesh), 3.0)
+            await mesh.nodes[1].leave()
+            mesh.crash(1)
+            mesh.network.partition(frozenset({node_id(2)}), frozenset({node_id(3)}))
+            await trio.sleep(4000)
+            assert mesh.states(2) == {}
+            mesh.network.partition()
+            await until(lambda: mesh.states(2) == {"n3": "alive"}, 60.0)
+
+    run_seeded(main, 20)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_partition_of_any_length_heals_without_anybody_announcing_itself_again(count):
     async def main(rng):

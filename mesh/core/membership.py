@@ -39,7 +39,10 @@ LARGE = 32
 """Members up to which everybody is connected to everybody and hears of everything at once."""
 
 KEEP_ENDED_S = 3600.0
-"""A partition may last: its members are listed, and looked for, this long."""
+"""A partition may last: its members are listed this long."""
+
+LOST_LIMIT = 256
+"""Dead members that are looked for when they are listed no more; one is every 10 s, so each within the hour."""
 
 TELL_ENDED_S = 600.0
 """A death is told this long; were it told as long as it is kept, tables would hand it to each other
@@ -77,6 +80,8 @@ class Membership:
         self._own, own_version = known(own)
         self._others: dict[NodeId, Member] = {}
         self._ended_at: dict[NodeId, float] = {}
+        self._lost: dict[NodeId, Member] = {}
+        """last rows of the dead that are forgotten; those of long ago come first"""
         self._versions: dict[NodeId, int] = {own.node: own_version}
         self._by_version: dict[int, NodeId] = {own_version: own.node}
         self._trains: dict[NodeId, Member] = {}
@@ -104,9 +109,10 @@ class Membership:
             return list(self._others)
         return [node for node in self._others if node not in self._ended_at]
 
-    def ended_others(self) -> list[Member]:
-        """All that are dead here, or left."""
-        return [self._others[node] for node in self._ended_at]
+    def lost_others(self) -> list[Member]:
+        """All that are dead here, or were when they were forgotten: they may be beyond a partition."""
+        ended = (self._others[node] for node in self._ended_at)
+        return [row for row in ended if row.state is State.DEAD] + [*self._lost.values()]
 
     @property
     def large(self) -> bool:
@@ -168,7 +174,11 @@ class Membership:
         """Forgets those that ended an hour ago; returns them."""
         gone = [node for node, at in self._ended_at.items() if now - at > KEEP_ENDED_S]
         for node in gone:
+            if self._others[node].state is State.DEAD:
+                self._lost[node] = self._others[node]
             self._forget(node)
+        for node in list(self._lost)[:-LOST_LIMIT]:
+            del self._lost[node]
         return gone
 
     # ------------------------------------------------------------------------------ push/pull
@@ -214,6 +224,7 @@ class Membership:
             row = replace(row, accusers=accusers)
         row, version = known(row)
         self._count_out(row.node)
+        self._lost.pop(row.node, None)
         self._others[row.node] = row
         self._keep_version(row.node, version)
         if row.runs:

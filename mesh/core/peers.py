@@ -206,8 +206,7 @@ class Peers:
             most = max(int(self._rng.random() * most < LARGE), DIAL_BELOW - len(connected))
             living = self._rng.sample(living, min(most + len(connected), len(living)))
         missing = [others[node] for node in living if node not in connected][:most]
-        ended = self.membership.ended_others()
-        dead = [m for m in ended if m.state is State.DEAD and m.node not in connected]
+        dead = [m for m in self.membership.lost_others() if m.node not in connected]
         for member in missing + ([self._rng.choice(dead)] if dead else []):
             self._look_for(member, now, wanted=True)
 
