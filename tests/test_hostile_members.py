@@ -3,6 +3,9 @@
 What a real process does with bad bytes is in test_bad_input.py; here every frame is well formed.
 """
 
+from dataclasses import replace
+from random import Random
+
 import numpy as np
 import pytest
 import trio
@@ -28,6 +31,7 @@ from mesh.core.messages import (
     State,
     Turn,
 )
+from mesh.core.schedule import Schedule
 from mesh.core.schema import digest
 from mesh.errors import MeshError
 from mesh.frames import send_frame
@@ -268,3 +272,42 @@ def test_a_responder_that_drips_a_byte_at_a_time_holds_a_run_half_of_the_time_at
     done, failed = run_seeded(main, 1)
     assert failed > 2, "each asked it"
     assert done > 0.4 * 1500
+
+
+def test_made_up_members_of_a_large_mesh_cost_a_run_a_tenth_of_its_time():
+    known = [node_id(k) for k in range(3)]
+    rows = [*known, *(node_id(k) for k in range(100, 300))]
+    info = RunInfo(run="r", schema="s", started=True, exchanged=True)
+    schedule = Schedule(
+        info=info,
+        me=node_id(9),
+        now=0.0,
+        sync_timeout_s=1.0,
+        rng=Random(5),
+        connected=known,
+    )
+    now, spent, done = 0.0, 0.0, 0
+    while now < 800:
+        schedule.posted(now, waits=True)
+        start = schedule.decide(now, [(node, info) for node in rows])
+        took = 0.01 if start.peer in known else 15.0
+        now += took
+        spent += took * (start.peer not in known)
+        done += start.peer in known
+        ended = ev.ExchangeEnded(
+            run="r",
+            peer=start.peer,
+            pull=False,
+            outcome=ev.Outcome.COMPLETED if start.peer in known else ev.Outcome.ABANDONED,
+            reason="",
+            duration_s=took,
+            square_distance=1.0,
+            square_norm=1.0,
+        )
+        schedule.ended(ended, now)
+        now += 0.1
+    assert 0 < spent < 0.12 * now
+    assert done > 0.85 * now / 0.11
+    # First weights as well come from those that are there, if there are any.
+    schedule.info = replace(info, started=False, exchanged=False)
+    assert schedule.decide(now + 100, [(node, info) for node in rows]).peer in known

@@ -87,6 +87,7 @@ class Averaging:
             sync_timeout_s=event.sync_timeout_s,
             rng=self._rng,
             posts=event.posts,
+            connected=self._connections,
         )
         self._schemas.attach(event.run, event.entries)
         effects = self._publish(self._infos())

@@ -9,7 +9,7 @@ id gives. Two that both exchanged (groups that trained apart) simply average.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
@@ -36,6 +36,11 @@ COOL_OFF_S = 0.5
 SETBACKS_LIMIT = 6
 """A peer that refused or broke off is left alone this long, twice as long each time in a row, up to
 32 s, and at least as long as it held the run for nothing; others are asked meanwhile."""
+
+STRANGERS_DUTY = 10.0
+"""In a large mesh a run averages with members that this node is not connected to, and a row that was made
+up costs many seconds of dialling: where one failed, those that are known have ten times as long to
+themselves."""
 
 NOT_YET_S = 0.02
 NOT_YET_LIMIT = 5
@@ -93,7 +98,9 @@ class Schedule:
         sync_timeout_s: float,
         rng: Random,
         posts: int = 0,
+        connected: Container[NodeId] = (),
     ) -> None:
+        """`connected`: peers whose control connection shows that they are there; read only."""
         self._me = me
         self._rng = rng
         self._alone_at = now + sync_timeout_s
@@ -105,6 +112,11 @@ class Schedule:
         self._waiting = False
         self._cool: dict[NodeId, float] = {}
         self._setbacks: dict[NodeId, int] = {}
+        self._connected = connected
+        self._met: set[NodeId] = set()
+        """with whom an exchange went through"""
+        self._strangers_at = -math.inf
+        """when others are asked again; see STRANGERS_DUTY"""
         self._failed_pulls = 0
         self._asked: set[NodeId] = set()
         """for first weights; whoever brought something, and was lost, is taken off again"""
@@ -159,6 +171,7 @@ class Schedule:
         self._rest_at = now + rest_s
         if event.outcome is Outcome.COMPLETED:
             self._setbacks.pop(event.peer, None)
+            self._met.add(event.peer)
             agreed = event.square_distance <= AGREED * event.square_norm
             if agreed and self._plan.whole and (event.clip or not event.pull):
                 self._rest_at = now + REST_DUTY * rest_s
@@ -167,6 +180,8 @@ class Schedule:
             self._setbacks[event.peer] = min(setbacks + 1, SETBACKS_LIMIT)
             held_s = 0.0 if event.pull and event.brought else event.duration_s
             self._cool[event.peer] = now + max(COOL_OFF_S * 2**setbacks, held_s)
+            if not self._knows(event.peer):
+                self._strangers_at = now + STRANGERS_DUTY * event.duration_s
             if event.pull and event.brought:
                 self._asked.discard(event.peer)  # the next goes on from there: it was no failure
             else:
@@ -200,6 +215,7 @@ class Schedule:
         if not seen <= self._seen:
             self._settled_at = max(self._settled_at, now + min(SETTLE_S, self._alone_at - now))
         self._seen = seen
+        self._met &= seen
         if self._busy:
             return None
         if self._cool:
@@ -230,10 +246,14 @@ class Schedule:
         return self._go_at(self._alone_at + FIRST_GRACE_S, now, Beginning.ALONE)
 
     def _pull(self, donors: Sequence[Partner]) -> Start:
-        node, info = self._rng.choice(donors)
+        node, info = self._rng.choice([d for d in donors if self._knows(d[0])] or donors)
         if not self.info.started:
             self._asked.add(node)
         return Start(peer=node, pull=True, resumes=info.exchanged)
+
+    def _knows(self, node: NodeId) -> bool:
+        """Whether this node is there for certain, and not just a row that somebody made up."""
+        return node in self._connected or node in self._met
 
     def _go_at(self, at: float, now: float, how: Beginning) -> GoAhead | None:
         if now >= at:
@@ -257,6 +277,8 @@ class Schedule:
         peers = [node for (node, _), what in relations if what is Relation.AVERAGE]
         self._plan.see(peers)
         peers = [node for node in peers if node not in self._cool]
+        if now < self._strangers_at and not isinstance(self._plan, ExactRounds):
+            peers = [node for node in peers if self._knows(node)] or peers
         halves = [node for node in peers if node in self.unfinished]
         if halves:
             return Start(peer=halves[0], pull=False)
