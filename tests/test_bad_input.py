@@ -744,7 +744,7 @@ def test_a_fragment_sent_twice_is_applied_once(bad, port, training):
     moved = bad.pull(port, training)
     connection.close()
     connection = bad.greeted(port, Purpose.BULK)
-    opened(connection, bad, training, exchange=exchange)
+    opened(connection, bad, training, exchange=exchange, weight=1e-6)
     connection.say(message, further)
     answers.append(connection.hear_with_body())
     assert answers[0] == answers[1] == answers[2]

@@ -4,7 +4,8 @@ Rules: 1. A row is replaced only by a row that says more: higher incarnation, th
 suspect < dead < left), then, of a suspect, more accusers. So merging is commutative, associative and
 idempotent. 2. Only the owner raises its incarnation: to publish a change of its row, or to refute what
 others say of it. 3. Incarnations are counters kept on disk in blocks, never a clock. 4. The dead and
-the left are kept for an hour, so that nobody brings them back, and told to others for ten minutes.
+the left are kept for an hour, so that nobody brings them back, and told to others for ten minutes; the dead
+are looked for after that as well.
 
 A row's trip: a peer's Members message -> merge() -> the rows that changed -> passed on by gossip.py.
 """
