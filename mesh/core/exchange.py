@@ -39,7 +39,7 @@ def share(theirs: float, mine: float, *, part: float = 1.0, turn: Turn | None = 
     `theirs` and `mine` are the weights p of the two replicas; they sum to more than 0. In an exact
     round the step is that of its `turn`.
     """
-    step = part * theirs / (mine + theirs) if turn is None else turn.step
+    step = part * (theirs / (mine + theirs)) if turn is None else turn.step
     return min(step, 1.0)  # whatever a peer said: nobody moves beyond the other
 
 
