@@ -26,7 +26,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from mesh.dtypes import RESOLUTION, TINY
+from mesh.dtypes import variance_of
 from mesh.errors import UsageError
 
 ADVICE: Final = (
@@ -62,10 +62,8 @@ class RunningStatistics:
 
     def _rounded(self, mean: torch.Tensor, s: torch.Tensor) -> Pair:
         """(mean, variance) in the layer's own type, as write() leaves them."""
-        exact = mean.double()
-        floor = s.double().mul(RESOLUTION).clamp_min(TINY)
-        variance = torch.maximum(s.double() - exact.square(), floor)
-        return exact.to(self.mean.dtype), variance.to(self.variance.dtype)
+        variance = torch.from_numpy(variance_of(mean.numpy(), s.numpy()))
+        return mean.to(self.mean.dtype), variance.to(self.variance.dtype)
 
 
 def _moments(mean: torch.Tensor, variance: torch.Tensor) -> Pair:
@@ -113,20 +111,29 @@ def _device(model: torch.nn.Module) -> torch.device | None:
 
 
 @contextlib.contextmanager
+def modes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Each layer is in its own mode again afterwards: one may be kept in eval() beside others."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def _put_back(model: torch.nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     """update_bn leaves all layers in one mode, and after an error in any: they go back to their own."""
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     try:
-        yield
+        with modes_kept(model):
+            yield
     except BaseException:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
         raise
     finally:
-        for module, mode in modes:
-            module.training = mode
         for layer, momentum in momenta:
             layer.momentum = momentum

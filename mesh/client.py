@@ -200,8 +200,8 @@ def question(
             unknown = error
         else:
             return {key: _printable(value) for key, value in answer.items()}
-    if silent is None and called(nodes, name):
-        return ask(_only(called(nodes, name)), op, timeout_s, on_progress, **fields)
+    if silent is None and (beside := called(nodes, name)):
+        return ask(_only(beside), op, timeout_s, on_progress, **fields)
     raise silent or unknown
 
 

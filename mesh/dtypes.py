@@ -8,9 +8,12 @@ and numbers as they came -> as_in_state_dict() -> the same, as the training's st
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mesh.arrays import Floats, np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PLAIN: Final = ("float16", "bfloat16", "float32", "float64")
 MOMENT: Final = " moment"
@@ -29,6 +32,13 @@ Schema = list[tuple[str, tuple[int, ...], str]]
 """name, shape and dtype of each tensor, in the order of the numbers"""
 
 
+def variance_of(mean: Floats, s: Floats) -> "NDArray[np.float64]":
+    """The variances that second moments `s` stand for, float64, of their shape."""
+    exact = s.astype(np.float64)
+    variance = exact - np.square(mean, dtype=np.float64)
+    return np.maximum(variance, np.maximum(exact * RESOLUTION, TINY))
+
+
 def as_in_state_dict(schema: Iterable[Sequence[Any]], values: Floats) -> Schema:
     """The schema without moments; in `values` (entries,) variances take their places.
 
@@ -42,7 +52,5 @@ def as_in_state_dict(schema: Iterable[Sequence[Any]], values: Floats) -> Schema:
     for name, shape, dtype in plain:
         mean = name.removesuffix(VARIANCE) + MEAN
         if dtype.endswith(MOMENT) and shapes.get(mean) == shape:
-            s = values[places[name]].astype(np.float64)
-            variance = s - np.square(values[places[mean]], dtype=np.float64)
-            values[places[name]] = np.maximum(variance, np.maximum(s * RESOLUTION, TINY))
+            values[places[name]] = variance_of(values[places[mean]], values[places[name]])
     return [(name, shape, dtype.removesuffix(MOMENT)) for name, shape, dtype in plain]

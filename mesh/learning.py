@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from mesh.arrays import Floats
+from mesh.batchnorm import modes_kept
 from mesh.codec import EXACT, check_codec
 from mesh.conditions import Conditions
 from mesh.dtypes import as_in_state_dict
@@ -225,12 +226,8 @@ def _with(model: torch.nn.Module, flat: Floats, evaluate: Evaluate) -> float:
 
 
 def _evaluated(model: torch.nn.Module, evaluate: Evaluate) -> float:
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad():
-        found = float(evaluate(model))
-    for module, mode in modes:  # one by one: a layer may be kept in eval()
-        module.training = mode
-    return found
+    with modes_kept(model), torch.no_grad():
+        return float(evaluate(model))
 
 
 def _named(machine: Machine, flat: Floats) -> dict[str, Floats]:

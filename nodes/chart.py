@@ -36,7 +36,7 @@ class Series(NamedTuple):
 def sparkline(values: Sequence[float | None], width: int, *, ascii: bool = False) -> str:
     """The last `width` values as bars between their least and their greatest."""
     bars = PLAIN_BARS if ascii else BARS
-    shown = [_finite(value) for value in values[-width:]]
+    shown = [finite(value) for value in values[-width:]]
     known = [value for value in shown if value is not None]
     if not known:
         return " " * width
@@ -111,7 +111,7 @@ class _Line(NamedTuple):
     def of(cls, series: Series, *, log: bool) -> "_Line":
         points: list[tuple[float, float] | None] = []
         for x, y in series.points:
-            value = _finite(y)
+            value = finite(y)
             if value is None or not math.isfinite(x) or (log and value <= 0):
                 points.append(None)
             else:
@@ -241,5 +241,6 @@ def _painted(mark: str, number: int, colour: bool) -> str:
     return f"\x1b[{COLOURS[number % len(COLOURS)]}m{mark}\x1b[0m"
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """None where it is none to draw or to write as JSON."""
     return value if value is not None and math.isfinite(value) else None

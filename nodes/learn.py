@@ -5,7 +5,6 @@ drawing. Rule: what the script prints goes to standard error, each line behind i
 """
 
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -146,11 +145,11 @@ def _as_json(lesson: Lesson, reports: dict[str, mesh.LearningReport]) -> dict[st
 def _figures(report: mesh.LearningReport) -> dict[str, Any]:
     found = report.accuracy
     return {
-        "loss": _finite(report.loss),
-        "averaged": _finite(found.averaged) if found else None,
-        "mean_node": _finite(found.mean) if found else None,
-        "worst_node": _finite(found.worst) if found else None,
-        "drift": _finite(report.drift),
+        "loss": chart.finite(report.loss),
+        "averaged": chart.finite(found.averaged) if found else None,
+        "mean_node": chart.finite(found.mean) if found else None,
+        "worst_node": chart.finite(found.worst) if found else None,
+        "drift": chart.finite(report.drift),
         "transfers": round(report.transfers, 3),
         "bytes_sent": round(report.bytes_sent),
         "steps": [history.steps for history in report.histories],
@@ -158,8 +157,3 @@ def _figures(report: mesh.LearningReport) -> dict[str, Any]:
         "wall_s": round(report.wall_s, 3),
         "digest": report.digest,
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no others."""
-    return value if math.isfinite(value) else None

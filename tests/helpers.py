@@ -260,6 +260,23 @@ class NumpyTraining:
         self.memory.close()
 
 
+def opening(run, schema, **changes):
+    """A request for an exchange as an honest member makes it, but for the changes."""
+    fields = {
+        "exchange": 1,
+        "run": run,
+        "schema": schema,
+        "weight": 1.0,
+        "start": 0,
+        "pull": False,
+        "started": True,
+        "exchanged": True,
+        "progress": 0,
+        "codec": "f32",
+    }
+    return OpenExchange(**{**fields, **changes})
+
+
 class BadMember:
     """A member with a valid certificate that says what it likes, over blocking sockets."""
 
@@ -323,19 +340,8 @@ class BadMember:
         return connection
 
     def opening(self, training, **changes):
-        fields = {
-            "exchange": next(self._exchange),
-            "run": training.run,
-            "schema": training.schema,
-            "weight": 1.0,
-            "start": 0,
-            "pull": False,
-            "started": True,
-            "exchanged": True,
-            "progress": 0,
-            "codec": "f32",
-        }
-        return OpenExchange(**{**fields, **changes})
+        own = {"run": training.run, "schema": training.schema, "exchange": next(self._exchange)}
+        return opening(**{**own, **changes})
 
     def pull(self, port, training):
         """The weights of the node's replica, float32 (entries,): a pull changes nothing there.

@@ -39,6 +39,7 @@ from mesh.journal import NOTES_LIMIT, NOTES_S
 from mesh.links import dial, greet
 from mesh.net.simulated import SimulatedTransport
 from mesh.player import Player
+from tests.helpers import opening
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 
@@ -125,26 +126,7 @@ async def training_mesh(mesh, indexes, *, strategy="pair", posts=0):
 
 def run_of(player, **changes):
     """How a hostile row names the run."""
-    info = player.node._protocol.run_info("toy")
-    return RunInfo(**{name: getattr(info, name) for name in info.__dataclass_fields__} | changes)
-
-
-def opening(player, **changes):
-    spec = player.run.spec
-    fields = {
-        "exchange": 1,
-        "run": "toy",
-        "schema": spec.schema,
-        "weight": 1.0,
-        "start": 0,
-        "pull": False,
-        "started": True,
-        "exchanged": True,
-        "progress": 0,
-        "codec": "f32",
-        "strategy": spec.strategy,
-    }
-    return OpenExchange(**{**fields, **changes})
+    return replace(player.node._protocol.run_info("toy"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +139,9 @@ def test_a_turn_is_believed_in_exact_rounds_only_and_is_there_in_each(strategy, 
             players = await training_mesh(mesh, (1, 2), strategy=strategy)
             before = players[0].weights.copy()
             peer = await Hostile(mesh).dial(1, Purpose.BULK)
-            await send_frame(peer.stream, opening(players[0], turn=turn))
+            schema = players[0].run.spec.schema
+            asked = opening("toy", schema, strategy=strategy, turn=turn)
+            await send_frame(peer.stream, asked)
             answer, _ = await peer.reader.message(timeout_s=5)
             if isinstance(answer, ExchangeOpened):
                 body = np.full(6, 1e6, np.float32).tobytes()

@@ -55,7 +55,7 @@ class Averaging:
         self._paused: set[str] = set()
         """runs that begin nothing for now, because a person said so; they stay so when they end"""
         self._exchange = 0
-        """the last one's number; see _next_exchange()"""
+        """the last one's number"""
 
     def info(self, run: str) -> RunInfo | None:
         """What this node says of a run of its own; None if nobody trains it here."""
@@ -190,7 +190,7 @@ class Averaging:
         decision = run.decide(now, partners)
         match decision:
             case Start():
-                self._exchange = self._next_exchange()
+                self._exchange = self._membership.number_after(self._exchange)
                 effects.append(
                     ev.StartExchange(
                         run=name,
@@ -216,11 +216,6 @@ class Averaging:
         if run.take_offer():
             effects.append(ev.Offer(run=name))
         return effects
-
-    def _next_exchange(self) -> int:
-        """Numbers of exchanges rise for ever: a restart begins above all that the last process used. And
-        where the disk lost the incarnation, this node's is raised as soon as others tell of the old one."""
-        return max(self._exchange, self._membership.own.incarnation << 32) + 1
 
     def _infos(self) -> tuple[RunInfo, ...]:
         return tuple(run.info for run in self._runs.values())

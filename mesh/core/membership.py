@@ -110,6 +110,11 @@ class Membership:
             return list(self._others)
         return [node for node in self._others if node not in self._ended_at]
 
+    def number_after(self, last: int) -> int:
+        """For what rises for ever (exchanges, reports): above `last`, and above all that the process before
+        used. Where the disk lost the incarnation, others tell of the old one, and it is raised above that."""
+        return max(last, self._own.incarnation << 32) + 1
+
     def lost_others(self) -> list[Member]:
         """All that are dead here, or were when they were forgotten: they may be beyond a partition."""
         ended = (self._others[node] for node in self._ended_at)

@@ -128,9 +128,7 @@ class ReportTable:
                 continue
             figures, said_at = self._own.pop(run)
             if self._trains(node, run):
-                # As with exchange numbers: above all that the last process used.
-                serial = max(self._serial, self._membership.own.incarnation << 32) + 1
-                self._serial = serial
+                self._serial = serial = self._membership.number_after(self._serial)
                 report = Report(node=node, run=run, serial=serial, age_ms=0, figures=figures)
                 self._keep(report, said_at)
 
