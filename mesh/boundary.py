@@ -3,7 +3,7 @@
 A boundary, every H steps, reads: post (what we learned goes out; the node merges it and exchanges). What
 the exchange brought is in the model at the first step that finds it there:
 
-    x += offered - posted; posted = x
+    x += offered - posted
 
 Rules: 1. The training holds both buffers from "begun" or "offered" to its next "post". 2. Only
 `patience` and averaged() wait, bounded. 3. Ctrl-C waits for the end of a hand-over.
@@ -59,12 +59,15 @@ class Boundaries:
                 self._tensors.check()
                 self._attachment.again(self._progress.steps)
             return
+        asks = place == self._every - 1 and not self._patience
+        if place and not asks and not session.fresh and not session.hears():
+            return  # most steps, so nothing is prepared for more
         with self._attachment.or_alone():
             if place == 0:
                 self._boundary(session)
                 return
             self._take_in(session)
-            if place == self._every - 1 and not self._patience:
+            if asks:
                 session.want()
 
     def meet(self, session: Session) -> None:
@@ -97,9 +100,8 @@ class Boundaries:
             return
         with uninterrupted():  # an offer that was read and not taken note of would be lost
             session.take_events(0.0)
-        if session.fresh:
-            self._tensors.check()
-            with uninterrupted():
+            if session.fresh:
+                self._tensors.check()
                 self._merge(session)
 
     def _boundary(self, session: Session) -> None:
@@ -120,8 +122,7 @@ class Boundaries:
         with uninterrupted():
             if session.fresh:
                 self._merge(session)
-            else:
-                self._tensors.collect(session.posted)
+            self._tensors.collect(session.posted)
             session.post(
                 step=self._progress.steps,
                 samples=self._progress.samples,

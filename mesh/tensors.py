@@ -7,6 +7,8 @@ for progress. 4. BatchNorm's variances lie in flat buffers as second moments (ba
 plain averages of them are right.
 """
 
+import operator
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.dtypes import MOMENT
 from mesh.errors import UsageError
-from mesh.named_tensors import floating, refuse_not_finite, refuse_overlaps
+from mesh.named_tensors import bare, floating, refuse_not_finite, refuse_overlaps
 from mesh.spectral import directions, set_lengths
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ class Tensors:
     def __init__(self, model: torch.nn.Module) -> None:
         """Raises UsageError for a model that cannot be averaged."""
         self.model = model
+        self._bare = bare(model)
+        self._kept_parts: dict[int, list[torch.Tensor]] = {}
+        """of flat buffers that live as long as a session, by id"""
+        self._seen: tuple[dict[str, Any], list[tuple[Any, ...]]] = {}, []
+        """the state dict that check() found good, and _facts() of it"""
         self._hold(floating(model))
         if not self._tensors:
             raise UsageError("the model has no floating-point parameters: nothing can be averaged")
@@ -99,6 +106,8 @@ class Tensors:
 
         A buffer that forward() makes anew is followed.
         """
+        if self._is_as_seen(entries := self._bare.state_dict(keep_vars=True)):
+            return
         now = floating(self.model)
         for name, tensor in self._tensors.items():
             if now.get(name) is not tensor:
@@ -123,6 +132,21 @@ class Tensors:
             raise UsageError(f"the model changed: {added} was added since join()")
         if any(now[name] is not tensor for name, tensor in self._tensors.items()):
             self._hold({name: now[name] for name in self._tensors})
+        self._seen = entries, self._facts()
+
+    def _is_as_seen(self, entries: dict[str, Any]) -> bool:
+        """Whether the state dict is, object for object, that of the last check(): a third of the time of
+        finding out what is in it."""
+        seen, facts = self._seen
+        return (
+            list(entries) == list(seen)
+            and all(map(operator.is_, entries.values(), seen.values()))
+            and self._facts() == facts
+        )
+
+    def _facts(self) -> list[tuple[Any, ...]]:
+        """What assigning to .data changes in a tensor that stays the same object."""
+        return [(t.data_ptr(), t.dtype, t.shape) for t in self._tensors.values()]
 
     @torch.no_grad()
     def fill(self, flat: Floats) -> None:
@@ -144,7 +168,7 @@ class Tensors:
 
     @torch.no_grad()
     def collect(self, posted: Floats) -> None:
-        """posted = x, for an offer that is in the model already."""
+        """posted = x, of a model that holds the last offer."""
         for tensor, part in self._here(posted):
             if tensor.dtype in WIDE:
                 part.copy_(tensor)
@@ -157,20 +181,14 @@ class Tensors:
 
     @torch.no_grad()
     def merge(self, posted: Floats, offered: Floats) -> None:
-        """x += offered - posted; posted = x."""
+        """x += offered - posted. What `posted` holds then is collect()'s to know."""
         length = PIECE_ENTRIES * torch.get_num_threads()
         for (tensor, last), (_, offer) in zip(
             self._here(posted, back=True), self._pairs(offered), strict=True
         ):
-            if tensor.dtype in WIDE and tensor.is_contiguous():
+            if tensor.dtype in WIDE:
                 for now, before, given in _pieces(tensor, last, offer, length):
-                    torch.sub(given, before, out=before)
-                    now.add_(before)
-                    before.copy_(now)
-            elif tensor.dtype in WIDE:
-                torch.sub(offer, last, out=last)
-                tensor.add_(last)
-                last.copy_(tensor)
+                    now.add_(torch.sub(given, before, out=before))
             else:
                 torch.add(offer, _progress(tensor, last), out=last)
                 tensor.copy_(last)
@@ -197,11 +215,18 @@ class Tensors:
         counters = [layer.batches for layer in self._statistics if layer.batches is not None]
         return [*self._tensors.values(), *counters]
 
-    def _parts(self, buffer: Floats) -> list[Pair]:
-        flat = torch.from_numpy(buffer)
-        parts = torch.split(flat, [tensor.numel() for tensor in self._tensors.values()])
-        tensors = self._tensors.values()
-        return [(t, part.view(t.shape)) for t, part in zip(tensors, parts, strict=True)]
+    def _parts(self, buffer: Floats) -> Iterable[Pair]:
+        """(tensor, its part of the buffer)."""
+        parts = self._kept_parts.get(id(buffer))
+        if parts is None:
+            shapes = self._shapes.values()
+            flat = torch.from_numpy(buffer[:])
+            split = torch.split(flat, [shape.numel() for shape in shapes])
+            parts = [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
+            if not buffer.flags.owndata:  # shared memory, which these parts hold, but not `buffer`
+                self._kept_parts[id(buffer)] = parts
+                weakref.finalize(buffer, self._kept_parts.pop, id(buffer)).atexit = False
+        return zip(self._tensors.values(), parts, strict=True)
 
     def _here(self, buffer: Floats, *, back: bool = False) -> Iterable[Pair]:
         """_pairs(), but of tensors that lie elsewhere their copies in memory (see Staging)."""
@@ -247,8 +272,8 @@ def _follows(now: torch.Tensor | None, before: torch.Tensor) -> bool:
 def _pieces(
     tensor: torch.Tensor, last: torch.Tensor, offer: torch.Tensor, length: int
 ) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Three passes in pieces that stay in the caches take a third less time than one by one."""
-    if tensor.numel() <= length:
+    """Two passes in pieces that stay in the caches take a third less time than one by one."""
+    if tensor.numel() <= length or not tensor.is_contiguous():
         return [(tensor, last, offer)]
     parts = (torch.split(flat.view(-1), length) for flat in (tensor, last, offer))
     return zip(*parts, strict=True)

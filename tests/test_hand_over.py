@@ -102,8 +102,7 @@ class Pair:
             return
         if self.fresh:
             self.tensors.merge(self.posted, self.offered)
-        else:
-            self.tensors.collect(self.posted)
+        self.tensors.collect(self.posted)
         self.holding = self.fresh = False
         self.to_node.append("post")
 

@@ -1,5 +1,8 @@
 """Which tensors of a model are averaged: each number once, under the model's own names, or a refusal."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ import mesh
 from mesh.checkpoint import load, snapshot
 from mesh.errors import UsageError
 from mesh.generations import generation_path, write_generation
+from mesh.shared import HandOverMemory
 from mesh.tensors import Tensors
 
 
@@ -20,6 +24,7 @@ def moved_by_one(model):
     posted = np.zeros(averaged.entries, np.float32)
     averaged.fill(posted)
     averaged.merge(posted, posted + 1)
+    averaged.collect(posted)
     after = np.zeros_like(posted)
     averaged.fill(after)
     np.testing.assert_array_equal(posted, after)
@@ -124,6 +129,64 @@ def test_a_buffer_that_forward_makes_anew_is_followed():
     model.ema = torch.zeros(3)
     with pytest.raises(UsageError, match="ema was replaced"):
         averaged.check()
+
+
+def shorter(model):
+    model[1].bias.data = torch.zeros(1)
+
+
+def half(model):
+    model[1].weight.data = model[1].weight.data.half()
+
+
+def tied_by_its_storage(model):
+    model[1].weight.data = model[0].weight.data
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(2, 2))),
+            "0.weight was replaced",
+        ),
+        (lambda m: setattr(m[0], "bias", None), "0.bias is gone"),
+        (lambda m: m.append(nn.Linear(2, 2)), "2.weight was added"),
+        (lambda m: m.register_buffer("scale", torch.ones(1)), "scale was added"),
+        (shorter, "1.bias was .2,., is .1,."),
+        (half, "1.weight was torch.float32, is torch.float16"),
+        (tied_by_its_storage, "1.weight is gone"),
+    ],
+)
+def test_each_change_of_a_model_is_noticed_that_was_found_good_before(spoil, says):
+    """Nothing is looked at anew while the state dict is what it was: what assigning changes counts too."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    averaged = Tensors(model)
+    averaged.check()
+    model[0].weight.data = torch.ones(2, 2)  # as .to() and vector_to_parameters() do
+    averaged.check()
+    averaged.check()
+    posted = np.zeros(averaged.entries, np.float32)
+    averaged.collect(posted)
+    assert posted[:4].tolist() == [1.0] * 4, "what the model holds now"
+    spoil(model)
+    with pytest.raises(UsageError, match=says):
+        averaged.check()
+
+
+def test_the_memory_of_a_session_goes_with_it():
+    """A node that comes back brings other memory: the model must not keep the first mapped."""
+    averaged = Tensors(nn.Linear(2, 2))
+    memory = HandOverMemory.create(averaged.entries)
+    mapping = weakref.ref(memory._map)
+    for _ in range(2):
+        averaged.collect(memory.posted)
+        averaged.merge(memory.posted, memory.offered)
+    memory.close()
+    del memory
+    gc.collect()
+    assert mapping() is None
+    assert not averaged._kept_parts
 
 
 def wrapped():
