@@ -7,6 +7,7 @@ line of JSON for each "go". Rules: 1. Every part moves the same bytes: one model
 
 import contextlib
 import json
+import math
 import os
 import select
 import socket
@@ -26,6 +27,7 @@ from mesh.core.address import Address
 from mesh.core.messages import Member, SchemaEntry, State
 from mesh.identity import load, node_of
 from mesh.net import tcp
+from mesh.net.sockets import SocketStream
 from mesh.node import Node
 from mesh.runs import RunSpec
 
@@ -99,9 +101,22 @@ def gloo(entries: int, rank: int, world: int, file: str) -> None:
         tensor.fill_(1.0)
 
 
+class Bare(SocketStream):
+    """Bytes as they are, a head and its data by one call as in a sealed stream."""
+
+    async def send_all(
+        self, data: bytes | memoryview, timeout_s: float = math.inf, *, head: bytes = b""
+    ) -> None:
+        with contextlib.suppress(BlockingIOError):
+            sent = self._socket.sendmsg([head, data])
+            head, data = head[sent:], memoryview(data)[max(0, sent - len(head)) :]
+        await super().send_all(data, timeout_s, head=head)
+
+
 def leave_bare(stream: tcp.TlsStream, offer: str) -> tcp.Stream:
     """In place of TlsStream.seal(), only here: after the greeting, bare bytes."""
-    return stream.bare()
+    below = stream.bare()
+    return Bare(below._socket, below.peer, below.host)
 
 
 def node(entries: int, state: str, kind: str, codec: str) -> None:

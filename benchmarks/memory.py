@@ -19,13 +19,15 @@ from typing import Any
 
 from benchmarks.figures import Figure, median, parser, present, run
 from benchmarks.machine import Process, machine, run_of, until
+from mesh.core.exchange import AHEAD
+from mesh.core.messages import FRAGMENT_ENTRIES
 
 PARAMETERS = 100_000_000
 PARAMETERS_QUICK = 1_000_000
 STEPS = 16
 NODE_GOAL_MB = 60.0
 EXTRA_GOAL = 3.1
-WINDOW_BYTES = 8 * 1024 * 1024
+WINDOW_BYTES = AHEAD * 4 * FRAGMENT_ENTRIES
 """Fragments in flight: the same for every model, so not counted in units of one."""
 
 SAMPLE_S = 0.02
@@ -140,7 +142,7 @@ def with_a_model(parameters: int) -> list[Figure]:
             value=models(extra),
             unit="models",
             goal=EXTRA_GOAL,
-            note="less an idle node and the window of 8 MiB",
+            note=f"less an idle node and the window of {WINDOW_BYTES >> 20} MiB",
         ),
     ]
 

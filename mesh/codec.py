@@ -7,6 +7,7 @@ returns numbers; those of bytes that no encode() writes may be NaN, and callers 
 """
 
 import functools
+import sys
 from collections.abc import Iterator
 from random import Random
 from typing import TYPE_CHECKING, Final, Protocol
@@ -54,6 +55,9 @@ class Codec(Protocol):
         """Where to put numbers that will be encoded into `out`: `out` itself where they travel as
         they are, else `spare`."""
 
+    def as_it_lies(self, values: Floats) -> memoryview | None:
+        """The bytes of `values` (n,) where they travel just so, else None."""
+
     def encode(self, values: Floats, out: memoryview) -> None:
         """Writes `values` (n,) into `out`, exactly encoded_bytes(n) long."""
 
@@ -71,6 +75,9 @@ class Float32:
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
         return np.frombuffer(out, dtype="<f4")
+
+    def as_it_lies(self, values: Floats) -> memoryview | None:
+        return values.data.cast("B") if sys.byteorder == "little" else None
 
     def encode(self, values: Floats, out: memoryview) -> None:
         target = np.frombuffer(out, dtype="<f4")
@@ -95,6 +102,9 @@ class BFloat16:
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
         return spare
+
+    def as_it_lies(self, values: Floats) -> memoryview | None:
+        return None
 
     def encode(self, values: Floats, out: memoryview) -> None:
         target: NDArray[np.uint16] = np.frombuffer(out, dtype="<u2")
@@ -141,6 +151,9 @@ class Int8:
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
         return spare
+
+    def as_it_lies(self, values: Floats) -> memoryview | None:
+        return None
 
     def encode(self, values: Floats, out: memoryview) -> None:
         scales, steps = _parts(out, len(values))

@@ -1,6 +1,6 @@
 """The initiator's half of an exchange, over one connection: the hot path.
 
-core/exchange.py counts, replica.py computes. A fragment's trip: _send: w[k] copied into a buffer,
+core/exchange.py counts, replica.py computes. A fragment's trip: _send: w[k] sealed, or copied, and
 sent -> the responder answers (responder.py) -> _receive: the delta read into a buffer -> w[k] moves.
 Rules: 1. Fragments go out while deltas come back. 2. Between checking an index and applying its
 numbers nothing waits. 3. No body is read before its length is what our own model says. 4. A fragment and
@@ -38,9 +38,9 @@ ever."""
 
 
 @contextlib.contextmanager
-def _in_time() -> Iterator[None]:
+def _in_time() -> Iterator[trio.CancelScope]:
     with trio.move_on_after(FRAGMENT_S) as scope:
-        yield
+        yield scope
     if scope.cancelled_caught:
         raise StreamLost(f"a fragment took more than {FRAGMENT_S:g} s")
 
@@ -144,10 +144,7 @@ class Conversation:
                     self._room = trio.Event()
                     await self._room.wait()
                     continue
-                body = memoryview(b"")
-                if not record.pull:
-                    body = buffer[: run.replica.body_bytes(index, self._codec)]
-                    run.replica.write(index, body, self._codec)
+                body = memoryview(b"") if record.pull else self._body(index, buffer)
                 record.fragment_sent()
                 await self._say(
                     Fragment(exchange=record.exchange, index=index, received=record.applied), body
@@ -155,20 +152,32 @@ class Conversation:
         finally:
             run.buffers.give(buffer)
 
+    def _body(self, index: int, buffer: memoryview) -> memoryview:
+        """A fragment as it travels. Nothing may wait before it goes to the stream."""
+        replica = self._run.replica
+        body = replica.as_it_lies(index, self._codec)
+        if body is None or len(body) > self._stream.at_once_bytes:
+            body = buffer[: replica.body_bytes(index, self._codec)]
+            replica.write(index, body, self._codec)
+        return body
+
     async def _receive(self) -> None:
         weight: float | None = None
         buffer = self._run.buffers.take()
         try:
-            while not self._record.done:
-                with _in_time():
+            with _in_time() as scope:
+                while not self._record.done:
                     weight = await self._answer(buffer, weight)
+                    scope.deadline = trio.current_time() + FRAGMENT_S
         finally:
             self._run.buffers.give(buffer)
 
     async def _answer(self, buffer: memoryview, weight: float | None) -> float | None:
         """Takes one message. `weight`: the responder's, once it has said yes; returned likewise."""
         run, record = self._run, self._record
-        message, length = await self._reader.message(timeout_s=STALL_S, bodies=True)
+        # Who said yes says nothing but deltas.
+        worth = 1 if weight is None else run.replica.body_bytes(record.applied, self._codec)
+        message, length = await self._reader.message(timeout_s=STALL_S, bodies=True, worth=worth)
         if getattr(message, "exchange", record.exchange) != record.exchange:
             raise RemoteProtocolError("an answer to another exchange")
         match message:

@@ -47,12 +47,14 @@ class FrameReader:
         """Bytes that came and are not read yet."""
         return self._end - self._start
 
-    async def message(self, *, timeout_s: float, bodies: bool = False) -> tuple[Message, int]:
-        """The next message, and the length of the body behind it.
+    async def message(
+        self, *, timeout_s: float, bodies: bool = False, worth: int = 1
+    ) -> tuple[Message, int]:
+        """The next message, and the length of the body behind it. `worth`: of both, where that is known.
 
         Raises PeerTimeout, StreamLost, or RemoteProtocolError (a body where `bodies` is false).
         """
-        await self._have(wire.PREFIX_BYTES, timeout_s)
+        await self._have(wire.PREFIX_BYTES, timeout_s, worth)
         prefix = self._buffer[self._start : self._start + wire.PREFIX_BYTES]
         header_bytes, body_bytes = wire.parse_prefix(prefix)
         if body_bytes and not bodies:
@@ -70,7 +72,7 @@ class FrameReader:
         self._start += count
         view = view[count:]
         while len(view):
-            view = view[await self._receive(view, timeout_s) :]
+            view = view[await self._receive(view, timeout_s, len(view)) :]
 
     async def drop_body(self, length: int, *, timeout_s: float) -> None:
         """Reads a body that nobody wants, to stay in step with the sender."""
@@ -79,7 +81,7 @@ class FrameReader:
         while length > count:
             count += await self._receive(self._buffer[: length - count], timeout_s)
 
-    async def _have(self, count: int, timeout_s: float) -> None:
+    async def _have(self, count: int, timeout_s: float, worth: int = 1) -> None:
         """Waits until `count` bytes that are not read yet lie in the buffer."""
         if self._start == self._end:
             self._start = self._end = 0
@@ -90,10 +92,10 @@ class FrameReader:
             self._buffer[: len(left)] = left
             self._start, self._end = 0, len(left)
         while self._end - self._start < count:
-            self._end += await self._receive(self._buffer[self._end :], timeout_s)
+            self._end += await self._receive(self._buffer[self._end :], timeout_s, worth)
 
-    async def _receive(self, view: memoryview, timeout_s: float) -> int:
-        received = await self._stream.receive_into(view, timeout_s)
+    async def _receive(self, view: memoryview, timeout_s: float, worth: int = 1) -> int:
+        received = await self._stream.receive_into(view, timeout_s, worth=worth)
         if not received:
             raise StreamLost("connection closed by the other end")
         return received

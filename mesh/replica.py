@@ -52,6 +52,11 @@ class Replica:
         where = self.slice_of(index)
         return codec.encoded_bytes(where.stop - where.start)
 
+    def as_it_lies(self, index: int, codec: Codec) -> memoryview | None:
+        """Fragment `index` as `codec` would write it, where that is what lies in `w`: a view, so for who
+        has read it before `w` may move."""
+        return codec.as_it_lies(self.weights[self.slice_of(index)])
+
     def write(self, index: int, out: memoryview, codec: Codec) -> None:
         """Encodes fragment `index` into `out`, body_bytes(index, codec) long: a copy, because `w` may
         move while it is being sent."""
@@ -68,14 +73,15 @@ class Replica:
     ) -> float:
         """The responder's step: encodes delta = x - w into `reply`, then w += share * delta.
 
-        A delta whose square length is beyond `room` is shortened to it first. Returns the square
-        length that was applied. Raises NotFinite, with nothing changed.
+        A delta whose square length is beyond `room` is shortened to it first. `body`, which holds x, is
+        used up. Returns the square length that was applied. Raises NotFinite, with nothing changed.
         """
         w = self.weights[self.slice_of(index)]
         decoded = self._decoded[: len(w)]
         difference = codec.room(reply, self._difference[: len(w)])
+        x = codec.decode(body, decoded)
         with np.errstate(over="ignore", invalid="ignore"):
-            np.subtract(codec.decode(body, decoded), w, out=difference)
+            np.subtract(x, w, out=difference)
         distance = square_norm(difference)
         if not math.isfinite(distance):
             raise NotFinite(f"fragment {index} is not finite, or further than 1e19 away")
@@ -83,7 +89,7 @@ class Replica:
             difference *= np.float32(math.sqrt(room / distance))
             distance = room
         codec.encode(difference, reply)
-        self._move(w, codec.decode(reply, decoded), share)
+        self._move(w, codec.decode(reply, decoded), share, spare=x)
         return distance
 
     def apply(
@@ -96,7 +102,7 @@ class Replica:
     ) -> float:
         """The initiator's step: w -= share * delta. Returns the square distance, or NotFinite.
 
-        `check` hears the square distance first and may raise, with nothing changed.
+        `body`, which holds delta, is used up. `check` hears the square distance first and may raise, with nothing changed.
         """
         w = self.weights[self.slice_of(index)]
         delta = codec.decode(body, self._decoded[: len(w)])
@@ -105,7 +111,7 @@ class Replica:
             raise NotFinite(f"delta {index} is not finite, or longer than 1e19")
         if check is not None:
             check(distance)
-        self._move(w, delta, -share)
+        self._move(w, delta, -share, spare=delta)
         return distance
 
     def take(self, index: int, body: memoryview, into: Floats, codec: Codec) -> None:
@@ -154,7 +160,7 @@ class Replica:
         where = self.slice_of(index)
         w, difference = self.weights[where], self._difference[: where.stop - where.start]
         np.subtract(values[where], w, out=difference)
-        self._move(w, difference, part)
+        self._move(w, difference, part, spare=difference)
 
     def copy(self, index: int, into: Floats) -> None:
         """`into` (entries,) = w for one fragment, whose norm is taken on the way."""
@@ -168,8 +174,10 @@ class Replica:
         a large model must not stall the loop."""
         return float(self._norms.sum())
 
-    def _move(self, w: Floats, delta: Floats, factor: float) -> None:
-        np.add(w, np.multiply(delta, np.float32(factor), out=self._difference[: len(w)]), out=w)
+    @staticmethod
+    def _move(w: Floats, delta: Floats, factor: float, *, spare: Floats) -> None:
+        """w += factor * delta. `spare` is in the caches already: a third vector would push others out."""
+        np.add(w, np.multiply(delta, np.float32(factor), out=spare), out=w)
 
 
 class HandOver:

@@ -7,7 +7,7 @@ applying it. 3. What is not finite is refused before it touches anything.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -45,6 +45,15 @@ CONNECTIONS_LIMIT: Final = 256
 PEER_LIMIT: Final = 8
 """Bulk connections answered at once, in all and of one peer (one for each run that it exchanges at the
 same moment); an idle one holds a descriptor and a header buffer of 64 kB."""
+
+
+class Opened(NamedTuple):
+    """An exchange that is being answered."""
+
+    run: Run
+    terms: OpenExchange
+    reach: float | None
+    """of the run here, as it was opened"""
 
 
 class Responder:
@@ -94,7 +103,7 @@ class Responder:
             scope.cancel()
 
     async def _answer(self, stream: Stream, reader: FrameReader) -> None:
-        opened: tuple[Run, OpenExchange] | None = None
+        opened: Opened | None = None
         refused: int | None = None
         welcome = b""
         while True:
@@ -105,7 +114,7 @@ class Responder:
             match message:
                 case OpenExchange() if not length:
                     run, reply = self._open(stream.peer, message)
-                    opened = (run, message) if run else None
+                    opened = Opened(run, message, run.reach()) if run else None
                     refused = None if run else message.exchange
                     if run and message.pull and message.weight > 0:  # an observer's is 0
                         await self._emit(ev.WeightsServed(run=run.name))
@@ -116,18 +125,18 @@ class Responder:
                 case Fragment() if message.exchange == refused:
                     # Sent before our refusal arrived.
                     await reader.drop_body(length, timeout_s=STALL_S)
-                case Fragment() if opened and message.exchange == opened[1].exchange:
-                    if self._runs.get(opened[0].name) is not opened[0]:
+                case Fragment() if opened and message.exchange == opened.terms.exchange:
+                    if self._runs.get(opened.run.name) is not opened.run:
                         raise StreamLost("the run ended here")
-                    await self._answer_fragment(stream, reader, *opened, message, length, welcome)
+                    await self._answer_fragment(stream, reader, opened, message, length, welcome)
                     welcome = b""
                 case BenchBlock() if opened is None:
                     await self._bench.answer(stream, reader, message, length)
                     return
-                case FinishExchange() if opened and message.exchange == opened[1].exchange:
-                    if not opened[1].pull:
-                        opened[0].responses.finish(stream.peer, message.exchange)
-                        opened[0].counters.answered += 1
+                case FinishExchange() if opened and message.exchange == opened.terms.exchange:
+                    if not opened.terms.pull:
+                        opened.run.responses.finish(stream.peer, message.exchange)
+                        opened.run.counters.answered += 1
                     opened = None
                 case FinishExchange() if not length:
                     pass
@@ -222,12 +231,12 @@ class Responder:
         self,
         stream: Stream,
         reader: FrameReader,
-        run: Run,
-        opening: OpenExchange,
+        opened: Opened,
         message: Fragment,
         length: int,
         welcome: bytes,
     ) -> None:
+        run, opening, _ = opened
         index = message.index
         if index >= run.replica.fragments:
             raise RemoteProtocolError(f"fragment {index} of {run.replica.fragments}")
@@ -245,7 +254,7 @@ class Responder:
                 run.replica.write(index, reply, codec)
             else:
                 await reader.body(scratch[:length], timeout_s=STALL_S)
-                kept, part = self._apply(stream.peer, run, opening, message, scratch[:length])
+                kept, part = self._apply(stream.peer, opened, message, scratch[:length])
                 reply = kept[:length]
                 if opening.turn and run.responses.whole(stream.peer, opening.exchange):
                     await self._emit(ev.ExchangeAnswered(run=run.name, turn=opening.turn))
@@ -257,9 +266,10 @@ class Responder:
         run.counters.bytes_received += reader.received_bytes - before + length
 
     def _apply(
-        self, peer: NodeId, run: Run, opening: OpenExchange, message: Fragment, body: memoryview
+        self, peer: NodeId, opened: Opened, message: Fragment, body: memoryview
     ) -> tuple[memoryview, float]:
         """Applies a fragment once, or finds what was answered before. Nothing waits in here."""
+        run, opening, reach = opened
         if self._runs.get(run.name) is not run:
             raise StreamLost("the run ended here")
         kept = run.responses.kept(peer, opening.exchange, message.index, message.received)
@@ -269,7 +279,7 @@ class Responder:
         step = share(opening.weight, own, turn=opening.turn)
         if not opening.turn:
             part = answer_beside(run.initiated, message.index, step, own)
-        left = room(opening.reach, run.reach(), run.responses.used(peer, opening.exchange))
+        left = room(opening.reach, reach, run.responses.used(peer, opening.exchange))
         reply = run.buffers.take()
         try:
             codec = run.codecs[opening.codec]

@@ -21,7 +21,15 @@ from mesh.core.contacts import (
     RUMOUR_ATTEMPTS,
     Contacts,
 )
-from mesh.core.exchange import LEAST_PART, RECORDS_LIMIT, Initiation, Responses, part_beside, share
+from mesh.core.exchange import (
+    AHEAD,
+    LEAST_PART,
+    RECORDS_LIMIT,
+    Initiation,
+    Responses,
+    part_beside,
+    share,
+)
 from mesh.core.membership import (
     INCARNATION_LIMIT,
     KEEP_ENDED_S,
@@ -449,13 +457,13 @@ def test_the_initiator_sends_no_further_than_the_window_and_takes_deltas_in_orde
     record = initiation()
     while record.next_to_send() is not None:
         record.fragment_sent()
-    assert record.in_doubt == range(WINDOW)
+    assert record.in_doubt == range(AHEAD)
     with pytest.raises(LocalProtocolError):
         record.fragment_sent()
     with pytest.raises(RemoteProtocolError):
         record.delta_arrived(1)
     record.delta_arrived(0)
-    assert record.next_to_send() == WINDOW
+    assert record.next_to_send() == AHEAD
     with pytest.raises(RemoteProtocolError):
         record.delta_arrived(0)
 

@@ -42,7 +42,7 @@ class Line:
         await trio.lowlevel.checkpoint()
         self.sent += bytes(data)
 
-    async def receive_into(self, view, timeout_s=None):
+    async def receive_into(self, view, timeout_s=None, *, worth=1):
         await trio.lowlevel.checkpoint()
         if not self._said:
             await trio.sleep_forever()

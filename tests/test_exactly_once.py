@@ -1,13 +1,21 @@
 """Exchanges over a network that loses connections in the middle: the sum of all replicas stays."""
 
+import sys
+from random import Random
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import trio
 
 from mesh import replica
+from mesh.codec import make_codecs
+from mesh.conversation import Conversation
 from mesh.core import exchange
+from mesh.core.exchange import Initiation
 from mesh.core.messages import WINDOW, NodeId
 from mesh.net.simulated import Weather
+from mesh.replica import Replica
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 SMALL_FRAGMENT = 4096
@@ -185,3 +193,18 @@ def test_no_more_than_the_window_is_ever_in_doubt():
 
     run_seeded(main, 1)
     assert 1 < most <= WINDOW
+
+
+@pytest.mark.parametrize("codec", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("room", [0, 39, 40])
+def test_what_goes_out_is_a_copy_unless_the_stream_has_read_it_before_it_waits(codec, room):
+    """Else a delta that arrives meanwhile would be in what the responder takes for x, or in half of it."""
+    replica = Replica(10)
+    run = SimpleNamespace(replica=replica, codecs=make_codecs(Random(1)))
+    record = Initiation(exchange=7, peer=NodeId("b" * 16), end=1, pull=False, codec=codec)
+    conversation = Conversation(run, record, SimpleNamespace(at_once_bytes=room), None)
+    buffer = memoryview(bytearray(200))
+    body = conversation._body(0, buffer)
+    assert len(body) == run.codecs[codec].encoded_bytes(10)
+    in_place = np.may_share_memory(np.frombuffer(body, np.uint8), replica.weights)
+    assert in_place == (codec == "f32" and room >= 40 and sys.byteorder == "little")

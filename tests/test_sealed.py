@@ -6,12 +6,14 @@ tests/helpers.py has the same records written once more, over blocking sockets (
 import contextlib
 import itertools
 import socket
+import sys
 import threading
 from functools import partial
 from random import Random
 
 import pytest
 import trio
+import trio.testing
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -20,8 +22,8 @@ from mesh.core.messages import NodeId
 from mesh.errors import PeerTimeout, RemoteProtocolError, StreamLost
 from mesh.identity import create_mesh, join_mesh, load, node_of
 from mesh.net import sealed, sockets
-from mesh.net.sealed import Offer, SealedStream
-from mesh.net.sockets import SocketStream
+from mesh.net.sealed import RECORD_BYTES, Offer, SealedStream
+from mesh.net.sockets import WAKE_BYTES, SocketStream
 from mesh.net.tcp import (
     RTO_MAX,
     RTO_MAX_MS,
@@ -231,7 +233,7 @@ def test_a_large_buffer_is_held_only_while_a_large_record_comes():
 
 def test_a_stream_that_is_closed_while_another_task_reads_is_lost_to_it(monkeypatch):
     """The reader is between two turns, with the whole record in hand, when the sender closes."""
-    monkeypatch.setattr(sockets, "YIELD_BYTES", 1)
+    monkeypatch.setattr(sockets, "YIELD_S", -1.0)
     heard = []
 
     async def read(stream):
@@ -250,6 +252,89 @@ def test_a_stream_that_is_closed_while_another_task_reads_is_lost_to_it(monkeypa
     for number in range(40):  # trio runs tasks of one turn in any order
         trio_run(main, number % 4)
     assert set(heard) == {100_000}
+
+
+@pytest.mark.parametrize("head", [b"", b"short", bytes(RECORD_BYTES)])
+def test_what_is_being_sent_may_change_while_it_waits(head):
+    """An exchange sends weights that the next delta moves: what was sealed at first counts."""
+    stream, other = ends()
+    data = bytearray(Random(7).randbytes(RECORD_BYTES))
+    expected = head + bytes(data)
+    assert len(data) <= stream.at_once_bytes
+    got = bytearray()
+
+    async def main():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(stream.send_all, data, head=head))
+            await trio.testing.wait_all_tasks_blocked()  # the socket is full
+            data[:] = bytes(len(data))
+            with trio.fail_after(10):
+                opened = records(THEIRS, peers=OURS, over=other)
+                while len(got) < len(expected):
+                    got.extend(await trio.to_thread.run_sync(opened.recv, 1 << 20))
+
+    trio_run(main)
+    assert bytes(got) == expected
+
+
+def over_tcp():
+    """A stream over TCP, and the socket on its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other = socket.create_connection(listener.getsockname())
+        mine, _ = listener.accept()
+    mine.setblocking(False)
+    return SocketStream(mine, NodeId("peer"), "127.0.0.1"), other
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a reader wakes for every byte")
+def test_a_reader_that_knows_of_more_is_woken_once():
+    stream, other = over_tcp()
+    view, counts = memoryview(bytearray(20_000)), []
+
+    async def read(worth):
+        counts.append(await stream.receive_into(view, worth=worth))
+
+    async def main():
+        for worth, pieces in ((10_240, 10), (1, 1), (WAKE_BYTES * 4, 8), (1024, 1)):
+            length = min(worth, WAKE_BYTES)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read, worth)
+                for _ in range(pieces):
+                    await trio.testing.wait_all_tasks_blocked(0.005)
+                    assert not counts
+                    other.sendall(bytes(length // pieces))
+            assert counts.pop() == min(length, len(view))
+            with contextlib.suppress(PeerTimeout):
+                while await stream.receive_into(view, 0.0):
+                    pass
+
+    trio_run(main)
+
+
+@pytest.mark.parametrize("seal", [False, True])
+def test_a_reader_that_knows_of_more_hears_of_the_end_and_of_what_came_in_time(seal):
+    """A slow peer is no dead one: what came is progress, however little of what was announced."""
+    stream, other = over_tcp()
+    view = memoryview(bytearray(200_000))
+    sent = bytes(500)
+    if seal:
+        stream = SealedStream(stream, OURS, THEIRS, lambda kind: None)
+        sent = records().record(bytes(100_000))[:500]
+
+    async def main():
+        other.sendall(sent)
+        if not seal:
+            assert await stream.receive_into(view, 0.05, worth=150_000) == 500
+        with pytest.raises(PeerTimeout):
+            await stream.receive_into(view, 0.05, worth=150_000)
+        other.close()
+        if seal:
+            with pytest.raises(StreamLost, match="in the middle of a record"):
+                await stream.receive_into(view, 10, worth=150_000)
+        else:
+            assert await stream.receive_into(view, 10, worth=150_000) == 0
+
+    trio_run(main)
 
 
 def test_what_came_before_a_timeout_is_not_lost():

@@ -537,7 +537,7 @@ class Replay:
     async def send_all(self, data, timeout_s=None):
         raise AssertionError
 
-    async def receive_into(self, view, timeout_s=None):
+    async def receive_into(self, view, timeout_s=None, *, worth=1):
         if not self.left:
             await trio.sleep_forever()
         piece, self.left = self.left[: len(view)], self.left[len(view) :]
@@ -588,7 +588,7 @@ def test_frames_and_bodies_are_whole_however_the_stream_cuts_them():
     data = b"".join(wire.encode(message, len(body)) + body for message, body in frames)
 
     class Pieces(Replay):
-        async def receive_into(self, view, timeout_s=None):
+        async def receive_into(self, view, timeout_s=None, *, worth=1):
             return await super().receive_into(view[: self.length])
 
     async def main(length, drop):

@@ -147,6 +147,7 @@ class SealedStream:
     """One bulk connection after its greeting. See mesh.net.transport.Stream."""
 
     offer = ""
+    at_once_bytes = RECORD_BYTES
 
     def __init__(
         self, below: SocketStream, own: Offer, peers: Offer, refused: Callable[[str], None]
@@ -180,6 +181,7 @@ class SealedStream:
             if 0 < len(head) <= HEAD_BYTES:
                 end = self._seal(memoryview(head), out, 0)
             elif head:
+                view = memoryview(bytes(view))
                 await self.send_all(head, timeout_s)
             while True:
                 piece, view = view[:RECORD_BYTES], view[RECORD_BYTES:]
@@ -201,9 +203,11 @@ class SealedStream:
         aead.encrypt_into(nonce, piece, out[start:body], out[body:end])
         return end
 
-    async def receive_into(self, view: memoryview, timeout_s: float = math.inf) -> int:
+    async def receive_into(
+        self, view: memoryview, timeout_s: float = math.inf, *, worth: int = 1
+    ) -> int:
         if not self._opened:
-            length = await self._record(timeout_s)
+            length = await self._record(timeout_s, worth)
             if not length:
                 return 0
             plain = length - TAG_BYTES
@@ -221,10 +225,12 @@ class SealedStream:
     async def aclose(self) -> None:
         await self._below.aclose()  # a large buffer goes with this object: a task may be filling it
 
-    async def _record(self, timeout_s: float) -> int:
+    async def _record(self, timeout_s: float, worth: int) -> int:
         """Waits for the whole next record, returns its length; 0 at the end of the stream."""
         while self._have < LENGTH.size:
-            received = await self._below.receive_into(self._in[self._have :], timeout_s)
+            received = await self._below.receive_into(
+                self._in[self._have :], timeout_s, worth=worth
+            )
             if not received:
                 if self._have:
                     raise self._cut()
@@ -241,7 +247,7 @@ class SealedStream:
         while self._have < end:
             # A little more than the record: what follows is often the short record of a header.
             room = self._in[self._have : end + AHEAD_BYTES]
-            received = await self._below.receive_into(room, timeout_s)
+            received = await self._below.receive_into(room, timeout_s, worth=end - self._have)
             if not received:
                 raise self._cut()
             self._have += received

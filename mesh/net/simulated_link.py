@@ -43,6 +43,7 @@ class SimulatedStream:
     peer: NodeId
     host: str
     offer = ""
+    at_once_bytes = 1 << 62  # of any length
     _other: "SimulatedStream"
 
     def __init__(self, medium: Medium, process: Process, number: int) -> None:
@@ -105,7 +106,9 @@ class SimulatedStream:
                 self._send(piece)
             self._check()
 
-    async def receive_into(self, view: memoryview, timeout_s: float = inf) -> int:
+    async def receive_into(
+        self, view: memoryview, timeout_s: float = inf, *, worth: int = 1
+    ) -> int:
         self._medium.enter(self._process)
         pieces = self._other._sent
         read_by = trio.current_time() + timeout_s

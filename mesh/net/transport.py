@@ -29,6 +29,9 @@ class Stream(Protocol):
     offer: str
     """what the other end has to know for seal(), to be told over this stream; secret to the two"""
 
+    at_once_bytes: int
+    """of the data of a send_all(), which are read before it waits: up to as many may change meanwhile"""
+
     def seal(self, offer: str) -> "Stream":
         """The same connection as a stream for much: fast, and just as private and authentic.
 
@@ -44,9 +47,12 @@ class Stream(Protocol):
         `data` may be reused then. Raises PeerTimeout if the other end takes nothing for timeout_s.
         Lets other tasks run only where it has to wait."""
 
-    async def receive_into(self, view: memoryview, timeout_s: float = math.inf) -> int:
+    async def receive_into(
+        self, view: memoryview, timeout_s: float = math.inf, *, worth: int = 1
+    ) -> int:
         """Waits for bytes, writes at most len(view) of them; 0 at the end of the stream. Raises
-        PeerTimeout if nothing comes for timeout_s; what came is never lost to it."""
+        PeerTimeout if nothing comes for timeout_s; what came is never lost to it. `worth`: as many are
+        on their way for certain, so it may wait for some of them together."""
 
     async def aclose(self) -> None:
         """Ends the connection at once; never raises."""
