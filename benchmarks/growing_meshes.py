@@ -71,6 +71,7 @@ class CardStream:
     """A connection behind two cards. See mesh.net.transport.Stream."""
 
     offer = ""
+    at_once_bytes = 1 << 62  # of any length
 
     def __init__(self, inner: Stream, own: Card, other: Card) -> None:
         self._inner = inner
@@ -94,8 +95,10 @@ class CardStream:
             await trio.sleep_until(end)
             await self._inner.send_all(piece, timeout_s)
 
-    async def receive_into(self, view: memoryview, timeout_s: float = inf) -> int:
-        return await self._inner.receive_into(view, timeout_s)
+    async def receive_into(
+        self, view: memoryview, timeout_s: float = inf, *, worth: int = 1
+    ) -> int:
+        return await self._inner.receive_into(view, timeout_s, worth=worth)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -59,6 +59,9 @@ class WatchedReplica(Replica):
         """progress that its training hands over and that is not merged yet"""
         self._ledger = ledger
 
+    def as_it_lies(self, index: int, codec: Codec) -> None:
+        """All that goes out passes write()."""
+
     def write(self, index: int, out: memoryview, codec: Codec) -> None:
         if self.run is not None and self.run.current is not None:
             exchange = self.run.current.exchange
@@ -88,11 +91,12 @@ class WatchedReplica(Replica):
 
     def apply(self, index: int, body: memoryview, share: float, *rest: Any) -> float:
         codec: Codec = rest[0]
+        delta = self._decode(index, body, codec)
         distance = super().apply(index, body, share, *rest)
         if self.run is not None and self.run.current is not None:
             posted = self.since_asked.pop((self.run.current.exchange, index), 0.0)
             self._ledger.posted_meanwhile(self, self.slice_of(index), posted)
-        self._ledger.applied(self, index, self._decode(index, body, codec), share)
+        self._ledger.applied(self, index, delta, share)
         self._ledger.moved(self, self.slice_of(index))
         return distance
 

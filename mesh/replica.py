@@ -177,7 +177,8 @@ class Replica:
     @staticmethod
     def _move(w: Floats, delta: Floats, factor: float, *, spare: Floats) -> None:
         """w += factor * delta. `spare` is in the caches already: a third vector would push others out."""
-        np.add(w, np.multiply(delta, np.float32(factor), out=spare), out=w)
+        out = spare if spare.flags.writeable else None
+        np.add(w, np.multiply(delta, np.float32(factor), out=out), out=w)
 
 
 class HandOver:

@@ -22,6 +22,9 @@ from mesh.runs import Run, RunSpec, Tell
 class FlippedReplica(Replica):
     """It believes w, and says -w. Of its own requests it believes no answer: they are about -w."""
 
+    def as_it_lies(self, index: int, codec: Codec) -> None:
+        """All that goes out passes write()."""
+
     def write(self, index: int, out: memoryview, codec: Codec) -> None:
         w = self.weights[self.slice_of(index)]
         np.negative(w, out=w)

@@ -47,7 +47,7 @@ def takes_the_wrong_sign(self, index, body, share, codec, check=None):
     w = self.weights[self.slice_of(index)]
     delta = codec.decode(body, self._decoded[: len(w)])
     distance = square_norm(delta)
-    self._move(w, delta, share)
+    self._move(w, delta, share, spare=delta)
     return distance
 
 
@@ -59,7 +59,7 @@ def takes_what_is_not_finite(self, index, body, share, reply, codec, room=None):
     w = self.weights[self.slice_of(index)]
     delta = codec.decode(body, self._decoded[: len(w)]) - w
     codec.encode(delta, reply)
-    self._move(w, delta, share)
+    self._move(w, delta, share, spare=delta)
     return float(delta @ delta)
 
 
