@@ -276,7 +276,7 @@ class Contacts:
             if contact.node == node:
                 contact.host = current.host
                 contact.flaps = 0 if lived else contact.flaps + 1
-                contact.attempts = contact.flaps
+                contact.attempts = max(0, contact.flaps - 1)  # the first waits FIRST_RETRY_S
                 contact.dial_at = now if lived else now + self._back_off(contact)
         return current
 
