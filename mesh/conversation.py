@@ -206,12 +206,14 @@ class Conversation:
         record.delta_arrived(message.index)
         if record.pull:
             replica.take(message.index, body, self._run.taken, self._codec)
+            record.delta_applied()
         else:
             mine = self._run.spec.weight
             step = share(weight, mine, part=message.part, turn=record.turn)
             record.square_distance += replica.apply(
                 message.index, body, step, self._codec, self._check_length
             )
+            record.delta_applied()
             moved(self._run.initiated, message.index, step)
         self._room.set()
 

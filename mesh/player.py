@@ -60,7 +60,8 @@ class Player:
         self._met = False
         self._run: Run | None = None
         self.posted: Floats = x.copy()
-        self.offered: Floats = np.empty_like(x)
+        self.offered: Floats = np.full_like(x, np.nan)
+        """before a node has written it nothing that can be taken for weights: a seed replays to the bit"""
 
     @property
     def run(self) -> Run:
@@ -75,7 +76,7 @@ class Player:
     async def attach(self, node: Node, shape: tuple[int, ...] = ()) -> None:
         """Attaches to a node, for the first time or after the last one died."""
         self.node, self.begun, self._run = node, None, None
-        self.posted, self.offered = self.x.copy(), np.empty_like(self.x)
+        self.posted, self.offered = self.x.copy(), np.full_like(self.x, np.nan)
         spec = RunSpec(
             run=self._name,
             entries=(SchemaEntry(name="w", shape=shape or (len(self.x),), dtype="float32"),),

@@ -188,6 +188,16 @@ def test_whoever_dialled_first_is_not_dialled_as_well():
     assert [contact.node for contact in contacts.due(2.0)] == [A], "from then on it is"
 
 
+def test_a_connection_that_ends_young_is_dialled_after_the_first_wait_and_one_that_ends_so_again_later():
+    contacts, now, waits = Contacts(ME, Random(1)), 0.0, []
+    contacts.suggest(AT, now, source="mdns", hint=A[:16])
+    for number in range(1, 4):
+        connect(contacts, A, number)
+        contacts.lost(A, number, now)
+        waits.append(contacts.next_deadline() - now)
+    assert waits[0] <= FIRST_RETRY_S < waits[1] <= 2 * FIRST_RETRY_S < waits[2]
+
+
 @pytest.mark.parametrize(("shown", "in_the_end"), [(20, 20), (200, DIAL_BELOW)])
 def test_of_many_that_mdns_shows_at_once_the_first_are_dialled_and_others_once_it_is_known_how_many(
     shown, in_the_end
@@ -463,6 +473,8 @@ def test_the_initiator_sends_no_further_than_the_window_and_takes_deltas_in_orde
     with pytest.raises(RemoteProtocolError):
         record.delta_arrived(1)
     record.delta_arrived(0)
+    assert record.next_to_send() is None, "arrived and not applied: nothing is done yet"
+    record.delta_applied()
     assert record.next_to_send() == AHEAD
     with pytest.raises(RemoteProtocolError):
         record.delta_arrived(0)
@@ -473,6 +485,7 @@ def test_after_a_lost_connection_it_resumes_at_the_first_missing_delta():
     for _ in range(3):
         record.fragment_sent()
     record.delta_arrived(0)
+    record.delta_applied()
     record.connection_lost()
     assert record.next_to_send() == 1
     assert record.in_doubt == range(1, 3), "in doubt until answered, though it goes out again"

@@ -194,6 +194,28 @@ def test_a_pull_goes_on_with_another_donor_at_the_fragment_where_the_first_one_d
     run_seeded(main, at)
 
 
+@pytest.mark.parametrize("spoilt", [0, 12, FRAGMENTS - 1])
+def test_a_fragment_that_was_turned_away_is_asked_for_again_at_the_next_donor(
+    spoilt, small_fragments, monkeypatch
+):
+    async def main(rng):
+        pulls = counting_pulls(monkeypatch)
+        async with memory_mesh(rng, 3) as mesh:
+            donors, late = await donors_and_a_newcomer(mesh, 3)
+            await until(lambda: giver(late), 60)
+            first = int(str(giver(late))[4:6])
+            bad = donors[first].run.replica
+            bad.weights[bad.slice_of(spoilt)] = np.nan
+            await until(lambda: len(pulls) == 2, 60)
+            assert pulls[1][1] == spoilt
+            bad.weights[:] = LARGE + 1
+            await until(lambda: late.begun, 60)
+            assert late.begun == "donor"
+            assert np.array_equal(late.x, LARGE + 1), "nothing that nobody sent"
+
+    run_seeded(main, spoilt)
+
+
 def test_a_donor_that_refuses_costs_nothing_of_what_came(small_fragments, monkeypatch):
     pulls, objection, refused = counting_pulls(monkeypatch), Responder._objection, []
 

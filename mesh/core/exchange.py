@@ -131,11 +131,14 @@ class Initiation:
         self.sent_once = max(self.sent_once, self.sent)
 
     def delta_arrived(self, index: int) -> None:
-        """Checks that this delta is the next one; apply it right after, without waiting."""
+        """Checks that this delta is the next one; apply it right after, without waiting, and say
+        delta_applied(): one that cannot be applied stays undone."""
         if index != self.applied or index >= self.sent:
             raise RemoteProtocolError(f"delta {index} came where {self.applied} was due")
+
+    def delta_applied(self) -> None:
+        self.kept.pop(self.applied, None)
         self.applied += 1
-        self.kept.pop(index, None)
 
     def kept_of(self, index: int) -> float:
         """How much of what this fragment was asked with is in the replica still."""
