@@ -4,8 +4,8 @@ import mmap
 from typing import Final
 
 PAGES_BYTES: Final = 1 << 16
-"""From here on a buffer has pages of its own: a tenth faster to compute with and to copy than where malloc
-puts it, 16 bytes into a page. Below, the rest of a page would be much of it."""
+"""From here on a buffer has pages of its own: it is copied and computed with faster than where malloc puts it,
+16 bytes into a page. Below, the rest of its last page would be much of it."""
 
 
 class BufferPool:

@@ -102,7 +102,8 @@ class Replica:
     ) -> float:
         """The initiator's step: w -= share * delta. Returns the square distance, or NotFinite.
 
-        `body`, which holds delta, is used up. `check` hears the square distance first and may raise, with nothing changed.
+        `check` hears the square distance first and may raise, with nothing changed. `body`, which holds
+        delta, is used up.
         """
         w = self.weights[self.slice_of(index)]
         delta = codec.decode(body, self._decoded[: len(w)])

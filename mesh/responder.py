@@ -3,7 +3,8 @@
 A fragment's trip: _answer_fragment: read into a buffer -> _apply: delta = x - w, w moves, the reply
 is kept until it is acknowledged -> the reply is sent. Rules: 1. Each (exchange, fragment) is applied
 once; asked again, the kept reply goes out again. 2. Nothing waits between looking up a fragment and
-applying it. 3. What is not finite is refused before it touches anything.
+applying it. 3. What is not finite is refused before it touches anything. 4. Nobody asks a run over a
+connection that is older.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -106,6 +107,7 @@ class Responder:
         opened: Opened | None = None
         refused: int | None = None
         welcome = b""
+        since = trio.current_time()
         while True:
             message, length = await reader.message(timeout_s=IDLE_S, bodies=True)
             if welcome and not isinstance(message, Fragment):
@@ -113,6 +115,9 @@ class Responder:
                 welcome = b""
             match message:
                 case OpenExchange() if not length:
+                    if self._is_younger(message.run, since):
+                        await send_frame(stream, Refusal(reason="older than the run: dial again"))
+                        return
                     run, reply = self._open(stream.peer, message)
                     opened = Opened(run, message, run.reach()) if run else None
                     refused = None if run else message.exchange
@@ -148,6 +153,12 @@ class Responder:
                     return
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} out of turn")
+
+    def _is_younger(self, name: str, since: float) -> bool:
+        """Whether this run began after its asker connected. What a partition held back may arrive
+        when the asker has forgotten it, as the run that it asked was gone."""
+        run = self._runs.get(name)
+        return run is not None and run.attached_at > since
 
     def _open(
         self, peer: NodeId, message: OpenExchange

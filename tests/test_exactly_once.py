@@ -13,9 +13,11 @@ from mesh.codec import make_codecs
 from mesh.conversation import Conversation
 from mesh.core import exchange
 from mesh.core.exchange import Initiation
-from mesh.core.messages import WINDOW, NodeId
+from mesh.core.messages import WINDOW, Fragment, NodeId, Refusal
+from mesh.frames import send_frame
 from mesh.net.simulated import Weather
 from mesh.replica import Replica
+from tests.helpers import opening
 from tests.mesh_in_memory import memory_mesh, node_id, run_seeded, until
 
 SMALL_FRAGMENT = 4096
@@ -172,6 +174,40 @@ def test_a_peer_that_vanishes_in_the_middle_of_exchanges_does_not_keep_the_other
     left, spread = run_seeded(main, 2)
     assert left == 3, "each has an exchange with the one that vanished"
     assert spread < 0.5
+
+
+def test_what_arrives_late_for_a_run_that_ended_does_not_reach_the_next_of_that_name():
+    async def main(rng):
+        async with memory_mesh(rng, 2) as mesh:
+            a, b = await mesh.attach(1, dyadic(1)), await mesh.attach(2, dyadic(1))
+            await until(lambda: a.begun and b.begun)
+            await until(lambda: all(p.node.exchanged(p.run) for p in (a, b)))
+            for player in (a, b):
+                await player.run.offer()
+                await player.post()
+            idle = mesh.nodes[1]._initiator._idle
+            await until(lambda: node_id(2) in idle)
+            stream, reader = idle[node_id(2)]
+            schema = mesh.nodes[2]._responder._info_of("toy").schema
+            await mesh.nodes[2].detach(b.run)
+            b.lost()
+            await b.attach(mesh.nodes[2])
+            await until(lambda: b.begun)
+            before, asked = b.weights.copy(), opening("toy", schema, exchange=99)
+            body = memoryview(bytes(b.run.replica.body_bytes(0, b.run.codecs["f32"])))
+            await send_frame(stream, asked)
+            await send_frame(stream, Fragment(exchange=99, index=0, received=0), body)
+            answer, _ = await reader.message(timeout_s=5.0, bodies=True)
+            assert isinstance(answer, Refusal)
+            assert "older" in answer.reason
+            assert np.array_equal(b.weights, before)
+            completed = a.run.counters.completed
+            await a.run.offer()
+            await a.post(1.0)
+            await until(lambda: a.run.counters.completed > completed)
+            assert np.array_equal(a.weights, b.weights), "over a new connection, at once"
+
+    run_seeded(main, 5)
 
 
 def test_no_more_than_the_window_is_ever_in_doubt():
