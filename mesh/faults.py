@@ -238,8 +238,8 @@ class Faults:
             self._nursery.start_soon(self._leave_and_return, machine)
 
     async def _leave_and_return(self, machine: Machine) -> None:
-        await self._mesh.leave(machine)
-        self._comes_back(machine)
+        if await self._mesh.leave(machine):
+            self._comes_back(machine)
 
     async def _detach(self) -> None:
         if (machine := self._victim()) is not None and machine.training is not None:

@@ -226,7 +226,8 @@ class SimulatedMesh:
 
     async def _start_later(self, machine: Machine) -> None:
         await trio.sleep(START_AGAIN_S)
-        self.start(machine)
+        if machine.should_live:
+            self.start(machine)
 
     def crash(self, machine: Machine, *, silent: bool = False) -> None:
         """kill -9; `silent`: a power cut, of which the others hear nothing."""
@@ -238,16 +239,18 @@ class SimulatedMesh:
             machine.disk.crash()
         self._end(machine)
 
-    async def leave(self, machine: Machine) -> None:
-        """The node says farewell and ends."""
+    async def leave(self, machine: Machine) -> bool:
+        """The node says farewell and ends. False: something else ended it first."""
         node = machine.node
         if node is None:
-            return
+            return False
         self.happen(machine, "leave")
         await node.leave()
-        if machine.node is node:
-            self.network.crash(machine.id)
-            self._end(machine)
+        if machine.node is not node:
+            return False
+        self.network.crash(machine.id)
+        self._end(machine)
+        return True
 
     def _end(self, machine: Machine) -> None:
         node, scope = machine.node, machine.scope
