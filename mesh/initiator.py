@@ -224,8 +224,10 @@ class Initiator:
             except Refused as refusal:
                 # Only exact rounds have places in them: anybody else is refused like any other.
                 record.ahead = refusal.position if record.turn else None
-                outcome = ev.Outcome.ABANDONED if refusal.unknown else ev.Outcome.REFUSED
-                return outcome, str(refusal)
+                if record.in_doubt and not refusal.unknown:
+                    record.connection_lost()
+                    return ev.Outcome.INTERRUPTED, str(refusal)
+                return ev.Outcome.REFUSED, str(refusal)
             except NotFinite as error:
                 run.counters.non_finite += 1
                 return ev.Outcome.ABANDONED, str(error)

@@ -188,9 +188,14 @@ class Responder:
         return None, ExchangeRefused(
             exchange=message.exchange,
             reason=reason,
-            unknown=message.start > message.first,
+            unknown=self._refuse_for_ever(peer, message),
             position=position,
         )
+
+    def _refuse_for_ever(self, peer: NodeId, message: OpenExchange) -> bool:
+        """Enters the refusal; False where the exchange was begun and may be resumed another time."""
+        run = self._runs.get(message.run)
+        return message.pull or run is None or run.responses.refuse(peer, message.exchange)
 
     @staticmethod
     def _clock(peer: NodeId, run: Run, opening: OpenExchange) -> float:

@@ -491,6 +491,19 @@ def test_after_a_lost_connection_it_resumes_at_the_first_missing_delta():
     assert record.in_doubt == range(1, 3), "in doubt until answered, though it goes out again"
 
 
+def test_what_was_refused_is_never_answered_and_what_was_begun_only_not_yet():
+    responses = Responses(20, lambda reply: None)
+    assert responses.refuse(A, 7), "for ever"
+    assert not responses.knows(A, 7)
+    assert responses.open(A, 7, 0, "f32") == "this exchange was refused before"
+    assert responses.open(A, 8, 0, "f32") is None
+    responses.applied(A, 8, 0, "reply")
+    assert not responses.refuse(A, 8)
+    assert responses.refuse(A, 7), "one that is older does not touch it"
+    assert responses.open(A, 8, 0, "f32") is None
+    assert responses.kept(A, 8, 0, 0) == "reply"
+
+
 def test_the_responder_answers_a_repeated_fragment_from_what_it_kept():
     freed = []
     responses = Responses(20, freed.append)

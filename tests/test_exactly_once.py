@@ -1,6 +1,7 @@
 """Exchanges over a network that loses connections in the middle: the sum of all replicas stays."""
 
 import sys
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def normal(seed):
     return np.random.default_rng(seed).normal(size=ENTRIES).astype(np.float32)
 
 
-async def exchange_under_losses(rng, make, posts):
+async def exchange_under_losses(rng, make, posts, pauses=False):
     """Two replicas that began as one model, moved apart, and exchange while connections break.
 
     Returns the sums before and after, in float64, and the two replicas.
@@ -66,9 +67,14 @@ async def exchange_under_losses(rng, make, posts):
         for _ in range(posts):
             await trio.sleep(rng.uniform(0.05, 1.0))
             player = rng.choice((a, b))
+            if pauses:
+                await player.node.pause(player.run, paused=not player.run.paused)
             await player.run.offer()
             await player.post()
         mesh.network.weather = Weather()
+        for player in (a, b):
+            if player.run.paused:
+                await player.node.pause(player.run, paused=False)
         await until(lambda: not (a.run.unfinished or b.run.unfinished) and _idle(a, b), 300)
         for _ in range(4):
             for player in (a, b):
@@ -84,8 +90,9 @@ def _idle(*players):
     return all(player.run.current is None for player in players)
 
 
-def check(seed, make, tolerance):
-    total, after, a, b, resumed = run_seeded(exchange_under_losses, seed, make, 4)
+def check(seed, make, tolerance, posts=4, **how):
+    main = partial(exchange_under_losses, **how)
+    total, after, a, b, resumed = run_seeded(main, seed, make, posts)
     scale = np.abs(total).max()
     assert np.abs(after - total).max() <= tolerance * scale, f"seed {seed}: the sum moved"
     assert np.abs(a - b).max() <= max(tolerance, 1e-5) * scale, f"seed {seed}: no agreement"
@@ -100,6 +107,11 @@ def test_the_sum_of_all_replicas_survives_lost_connections_exactly_on_dyadic_val
 @pytest.mark.parametrize("seed", SEEDS[:6])
 def test_the_sum_of_all_replicas_survives_lost_connections_in_float32(seed):
     assert check(seed, normal, 1e-5) > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_who_is_paused_refuses_what_it_has_begun_to_answer_only_until_it_goes_on(seed):
+    check(seed, dyadic, 0.0, posts=12, pauses=True)
 
 
 def applied_twice(self, initiator, exchange_number, index, received):

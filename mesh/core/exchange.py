@@ -182,6 +182,7 @@ class _Record(Generic[Reply]):
     used: float = 0.0
     """square length of what was applied so far"""
     finished: bool = False
+    refused: bool = False
     kept: deque[tuple[int, Reply]] = field(default_factory=deque)
     clock: float | None = None
     """what the initiator was told of the mesh clock"""
@@ -220,6 +221,8 @@ class Responses(Generic[Reply]):
             raise RemoteProtocolError(f"starts at {start} of {first}..{end}")
         record = self._records.get(initiator)
         if record is not None and record.exchange == exchange:
+            if record.refused:
+                return "this exchange was refused before"
             if start > record.applied:
                 raise RemoteProtocolError(f"resumes at {start}, applied {record.applied}")
             if record.terms != terms:
@@ -229,16 +232,24 @@ class Responses(Generic[Reply]):
             return "this exchange is not known here"
         if record is not None and exchange < record.exchange:
             raise RemoteProtocolError("exchange numbers of a node only rise")
-        self.forget(initiator)
-        if len(self._records) >= RECORDS_LIMIT:
-            self._forget_one()
-        self._records[initiator] = _Record(exchange=exchange, terms=terms, applied=first, end=end)
+        self._enter(initiator, _Record(exchange=exchange, terms=terms, applied=first, end=end))
         return None
+
+    def refuse(self, initiator: NodeId, exchange: int) -> bool:
+        """The answer is no. Returns whether that is for ever: one that was opened before may be resumed
+        another time, any other never is, though what was sent of it may still arrive."""
+        record = self._records.get(initiator)
+        if record is None or exchange > record.exchange:
+            terms = "", 0.0, None
+            never: _Record[Reply] = _Record(exchange=exchange, terms=terms, applied=0, end=0)
+            never.finished = never.refused = True
+            self._enter(initiator, never)
+        return not self.knows(initiator, exchange)
 
     def knows(self, initiator: NodeId, exchange: int) -> bool:
         """Whether this exchange was opened before: it is resumed, whatever has changed since."""
         record = self._records.get(initiator)
-        return record is not None and record.exchange == exchange
+        return record is not None and record.exchange == exchange and not record.refused
 
     def used(self, initiator: NodeId, exchange: int) -> float:
         """Square length of the deltas that this exchange has brought so far."""
@@ -299,6 +310,12 @@ class Responses(Generic[Reply]):
         record = self._records.pop(initiator, None)
         if record is not None:
             self._drop_kept(record)
+
+    def _enter(self, initiator: NodeId, record: _Record[Reply]) -> None:
+        self.forget(initiator)
+        if len(self._records) >= RECORDS_LIMIT:
+            self._forget_one()
+        self._records[initiator] = record
 
     def _drop_kept(self, record: _Record[Reply]) -> None:
         while record.kept:

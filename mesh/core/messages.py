@@ -223,7 +223,8 @@ class ExchangeOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeRefused:
-    """The responder's no. `unknown` says that it holds nothing of an exchange to be resumed."""
+    """The responder's no. `unknown`: it has answered nothing of this exchange and never will; one that it
+    has begun to answer is to be resumed later."""
 
     exchange: int
     reason: str
