@@ -16,7 +16,7 @@ from random import Random
 
 from mesh.core.events import Beginning, ExchangeEnded, Outcome
 from mesh.core.messages import NodeId, RunInfo, Turn
-from mesh.core.strategies import ExactRounds, Start, plan_of
+from mesh.core.strategies import PATIENCE_S, ExactRounds, Start, plan_of
 
 SETTLE_S = 0.3
 """How long the lowest node id looks for others before it gives its initial weights to all: mDNS
@@ -286,10 +286,12 @@ class Schedule:
             self._due = False
             return None
         if self._due or self._plan.midway or now >= self._rest_at:
-            start = self._plan.choose(peers, rest=not self._due)
+            start = self._plan.choose(peers, rest=not self._due, now=now)
             self._due = False
             if start is None and not self._plan.midway:
                 self._rest_at = now + REST_S
+            if start is None and self._plan.midway:
+                self._deadline = min(self._deadline, now + PATIENCE_S)
             if start is not None or self._plan.midway:
                 return start
         if self._rest_at == math.inf:

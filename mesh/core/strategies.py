@@ -8,7 +8,7 @@ equations, sources and costs are in docs/strategies.md.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
@@ -30,6 +30,10 @@ CLIP_PEERS = 3
 JUMP_LIMIT = 2**32
 """Rounds that a peer may be ahead, a hundred a second for a year: one that lies must not push the others
 to where the wire carries no place any more."""
+
+PATIENCE_S = 2.0
+"""How long an exact round waits to be asked: three times the longest pause between two requests of a
+partner that is there (schedule.NOT_YET_S)."""
 
 USUAL_EVERY = 8
 OUTER_EVERY = 50
@@ -100,7 +104,7 @@ class Plan(Protocol):
     def see(self, nodes: Sequence[NodeId]) -> None:
         """Those that this run is averaged with, this node not among them, have changed."""
 
-    def choose(self, peers: Sequence[NodeId], *, rest: bool) -> Start | None:
+    def choose(self, peers: Sequence[NodeId], *, rest: bool, now: float) -> Start | None:
         """The next exchange, with one of those seen (at least one is in `peers`; others had a
         setback); None where it is others' turn to ask."""
 
@@ -121,7 +125,7 @@ class RandomPairs:
     def see(self, nodes: Sequence[NodeId]) -> None:
         pass
 
-    def choose(self, peers: Sequence[NodeId], *, rest: bool) -> Start | None:
+    def choose(self, peers: Sequence[NodeId], *, rest: bool, now: float) -> Start | None:
         return Start(peer=self._rng.choice(peers), pull=False, rest=rest, part=self._part)
 
     def ended(self, *, completed: bool, ahead: int | None) -> None:
@@ -146,7 +150,7 @@ class ClippedPulls:
     def see(self, nodes: Sequence[NodeId]) -> None:
         self._left = [node for node in self._left if node in nodes]
 
-    def choose(self, peers: Sequence[NodeId], *, rest: bool) -> Start | None:
+    def choose(self, peers: Sequence[NodeId], *, rest: bool, now: float) -> Start | None:
         self._left = [node for node in self._left if node in peers]
         if not self._left:
             self._left = self._rng.sample(peers, min(CLIP_PEERS, len(peers)))
@@ -163,7 +167,9 @@ class ExactRounds:
     Every node counts its `position` in the rounds of all cycles; a pair meets when both are at the
     same one, the lower id asks. Rules: 1. Who is behind is waited for. 2. A partner that is ahead has
     passed a round with us that we did not: one of the two was new, and whoever is behind jumps there;
-    that cycle is not exact, the next is. 3. Other nodes: from the beginning.
+    that cycle is not exact, the next is. 3. Whoever waits to be asked, and is not, asks where its partner
+    is: one that saw others come and go began anew, and all would wait in a ring. 4. Other nodes: from
+    the beginning.
     """
 
     whole = True
@@ -176,6 +182,9 @@ class ExactRounds:
         self._me_at = 0
         self._begun = False
         self._asked: Turn | None = None
+        self._waits_at: Turn | None = None
+        self._since = 0.0
+        """when it began to wait there for its partner's request"""
         self.position = 0
 
     @property
@@ -196,16 +205,27 @@ class ExactRounds:
         self.position = 0
         self._begun = False
 
-    def choose(self, peers: Sequence[NodeId], *, rest: bool) -> Start | None:
+    def choose(self, peers: Sequence[NodeId], *, rest: bool, now: float) -> Start | None:
         self._begun = True
         here = self._here()
         if here is None:
             return None  # the last rounds of the cycle were others'
         peer, turn = here
-        if peer not in peers or peer < self._me:
+        if peer not in peers:
             return None
+        if peer < self._me:
+            return self._look_for(peer, turn, rest, now)
         self._asked = turn
         return Start(peer=peer, pull=False, rest=rest, turn=turn)
+
+    def _look_for(self, peer: NodeId, turn: Turn, rest: bool, now: float) -> Start | None:
+        """A request that no place fits: its refusal says where the partner is."""
+        if self._waits_at == turn and now >= self._since + PATIENCE_S:
+            self._waits_at = self._asked = None
+            return Start(peer=peer, pull=False, rest=rest, turn=replace(turn, step=turn.step / 2))
+        if self._waits_at != turn:
+            self._waits_at, self._since = turn, now
+        return None
 
     def ended(self, *, completed: bool, ahead: int | None) -> None:
         if completed and self._asked is not None:
