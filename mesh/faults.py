@@ -64,6 +64,7 @@ class Faults:
             (self._break_disk, 1),
             (self._set_clock, 1),
             (self._spoil, 1),
+            (self._pause, 2),
         ]
         # Swarm testing (Groce et al. 2012): each seed has its own mix, some kinds not at all.
         self._kinds = [kind for kind, _ in kinds]
@@ -113,7 +114,7 @@ class Faults:
             if machine.should_live:
                 mesh.start(machine)
             if machine.training is not None:
-                machine.training.wanted = True
+                machine.training.wanted, machine.training.paused = True, False
                 machine.training.learns = False
 
     # ------------------------------------------------------------------------------ the network
@@ -250,6 +251,17 @@ class Faults:
                 training.wanted = True
 
             self._later(self._rng.uniform(0.5, 5), again)
+
+    async def _pause(self) -> None:
+        """`mesh pause`, and `mesh resume` some time later."""
+        if (machine := self._victim()) is not None and machine.training is not None:
+            training = machine.training
+            training.paused = True
+
+            def again() -> None:
+                training.paused = False
+
+            self._later(self._rng.uniform(0.1, 5), again)
 
     async def _move(self) -> None:
         """A laptop in another Wi-Fi."""

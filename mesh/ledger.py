@@ -139,7 +139,7 @@ class WatchedResponses(Responses[KeptReply]):
     def open(self, initiator: NodeId, exchange: int, *rest: Any, **named: Any) -> str | None:
         reason = super().open(initiator, exchange, *rest, **named)
         if reason is None:
-            self._ledger.opened(self._replica, initiator, exchange)
+            self._ledger.opened(self._replica, initiator, exchange, rest[2])
         return reason
 
     def applied(
@@ -148,7 +148,8 @@ class WatchedResponses(Responses[KeptReply]):
         super().applied(initiator, exchange, index, reply, *square)
         if self.kept_replies > WINDOW * len(self._records):
             self._ledger.fail(f"{self._replica.node[:8]} keeps more replies than a window each")
-        self._ledger.answered(self._replica, (initiator, exchange, index), reply.part)
+        *_, turn = self._records[initiator].terms
+        self._ledger.answered(self._replica, (initiator, exchange, index), reply.part, turn)
 
 
 Key = tuple[NodeId, int, int]
@@ -178,9 +179,7 @@ class Ledger:
         self.lost_in_doubt = 0
         self.highest_overshoot = 0.0
         self._expected: NDArray[np.float64] = np.zeros(entries, dtype=np.float64)
-        self._scale = 1.0
-        self._operations = 0
-        self._born = 0
+        self._scale, self._operations, self._born = 1.0, 0, 0
         self._low: Floats = np.full(entries, np.inf, dtype=np.float32)
         self._high: Floats = np.full(entries, -np.inf, dtype=np.float32)
         self._answers: dict[NodeId, dict[tuple[int, int], _Answer]] = defaultdict(dict)
@@ -264,14 +263,17 @@ class Ledger:
 
     # -------------------------------------------------------------------------------- exchanges
 
-    def opened(self, responder: WatchedReplica, initiator: NodeId, exchange: int) -> None:
+    def opened(self, responder: WatchedReplica, initiator: NodeId, exchange: int, first: int = 0) -> None:  # fmt: skip
         """An initiator that opens another exchange has no fragment of the last one in doubt."""
+        row = responder.number, initiator
+        if self._next_answer.get(row, (0, 0))[0] != exchange:
+            self._next_answer[row] = exchange, first
         for (older, index), answer in self._answers[initiator].items():
             if answer.open and older != exchange and answer.responder is responder:
                 self.fail(f"{initiator[:8]} left fragment {index} of exchange {older} with "
                           f"{responder.node[:8]} in doubt and began another")  # fmt: skip
 
-    def answered(self, responder: WatchedReplica, key: Key, part: float) -> None:
+    def answered(self, responder: WatchedReplica, key: Key, part: float, turn: Any = None) -> None:
         """The responder applied its step of a fragment."""
         initiator, exchange, index = key
         done, responder.answered = responder.answered, None
@@ -279,8 +281,7 @@ class Ledger:
             return
         where = f"fragment {index} of exchange {exchange} from {initiator[:8]}"
         row = responder.number, initiator
-        last, due = self._next_answer.get(row, (exchange, 0))
-        due = due if last == exchange else 0
+        _, due = self._next_answer.get(row, (exchange, 0))
         if index != due:
             what = "twice" if index < due else "before an earlier one"
             self.fail(f"{responder.node[:8]} applied {where} {what}")
@@ -293,7 +294,8 @@ class Ledger:
         if before is not None and before.open:
             self.fail(f"{where} was answered by two replicas at once")
         own = responder.run.initiated if responder.run else []
-        crossed = any(not r.pull and r.applied <= index < r.sent_once for r in own)
+        # In an exact round everybody takes the whole step, whatever else is under way.
+        crossed = not turn and any(not r.pull and r.applied <= index < r.sent_once for r in own)
         if crossed and part > 0.5:
             self.fail(f"{responder.node[:8]} took the full step in {where} while its own request "
                       "for it was under way: the two swap")  # fmt: skip
@@ -319,12 +321,12 @@ class Ledger:
             return
         who, exchange = initiator.node[:8], record.exchange
         where = f"fragment {index} of exchange {exchange} with {record.peer[:8]}"
-        due = self._next_apply.get((initiator.node, exchange), 0)
+        due = self._next_apply.get((initiator.node, exchange), record.first)
         if index != due:
             what = "twice" if index < due else "before an earlier one"
             self.fail(f"{who} applied the delta of {where} {what}")
         self._next_apply[initiator.node, exchange] = index + 1
-        if index + 1 == initiator.fragments:
+        if index + 1 == record.end:
             del self._next_apply[initiator.node, exchange]
             initiator.exchanges.discard(exchange)
         answer = self._answers[initiator.node].pop((exchange, index), None)
@@ -336,7 +338,8 @@ class Ledger:
         theirs, mine = answer.responder.weight * answer.step, initiator.weight * step
         if abs(theirs - mine) > BALANCE * abs(theirs):
             self.fail(f"the shares of {where} do not balance: p * step is {mine} and {theirs}")
-        together, limit = step + answer.step, 0.5 if answer.crossed else 1.0
+        together, limit = step + answer.step, 2 * record.turn.step if record.turn else 1.0
+        limit /= 1 + answer.crossed
         # Beside requests of its own a responder may have no room to move at all.
         if together > limit + BALANCE or together < 0 or not (together or answer.crossed):
             self.fail(f"both together step {together:g} of the way in {where}, "

@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 
 from mesh.alarm import sleep
 from mesh.arrays import Floats
+from mesh.codec import EXACT as F32
+from mesh.codec import NAMES
 from mesh.core.address import Address
 from mesh.core.messages import NodeId
+from mesh.core.strategies import CYCLIC, EXACT, PAIR, UNWEIGHTED
 from mesh.errors import MeshError
 from mesh.ledger import FRAGMENT_ENTRIES, Ledger, WatchedReplica
 from mesh.memory import PEERS_KEPT, Memory
@@ -37,6 +40,9 @@ ENTRIES: Final = 8 * FRAGMENT_ENTRIES + 3
 PORT: Final = 7710
 CLOCK_S: Final = 1.8e9
 """A day in 2027."""
+
+STRATEGIES_LIVED: Final = (PAIR, PAIR, CYCLIC, EXACT)
+"""Those that keep the mass, so that the ledger can count it."""
 
 START_AGAIN_S: Final = 1.0
 REMEMBER_S: Final = 5.0
@@ -100,6 +106,7 @@ class Training:
     """progress that was made and not handed over, in float64"""
     wanted: bool = True
     """false: detached, until it is wanted again"""
+    paused: bool = False
 
 
 @dataclass(slots=True)
@@ -147,6 +154,8 @@ class SimulatedMesh:
         self.network = SimulatedNetwork(Random(rng.random()), Weather())
         self.trace = trace
         self.fail = fail
+        self.strategy, self.rounded = rng.choice(STRATEGIES_LIVED), rng.random() < 0.5
+        """of every training: others would not be averaged with it; whether each has a codec of its own"""
         self.ledger = Ledger(ENTRIES, fail)
         self.mdns_over = trio.Event()
         self.happened: Counter[str] = Counter()
@@ -282,10 +291,13 @@ class SimulatedMesh:
         """A training that attaches to this machine's node, again and again, from now on."""
         rng = machine.rng
         x = np.random.default_rng(rng.getrandbits(32)).integers(-32, 33, ENTRIES) / 8
+        weights = (1.0,) if self.strategy in UNWEIGHTED else (1.0, 1.0, 1.0, 0.5, 2.0, 3.0)
         player = Player(
             x.astype(np.float32),
-            weight=rng.choice((1.0, 1.0, 1.0, 0.5, 2.0, 3.0)),
+            weight=rng.choice(weights),
             sync_timeout_s=rng.uniform(0.5, 3.0),
+            strategy=self.strategy,
+            codec=rng.choice(NAMES) if self.rounded else F32,
         )
         machine.training = training = Training(
             player=player, period_s=rng.uniform(0.6, 3.0), learns=learns
@@ -308,6 +320,9 @@ class SimulatedMesh:
                 await sleep(0.05)
             elif not training.wanted:
                 await self._detach(machine, player)
+            elif training.paused != player.run.paused:
+                self.happen(machine, "pause" if training.paused else "resume")
+                await node.pause(player.run, paused=training.paused)
             else:
                 await self._boundary(machine, training)
                 await sleep(training.period_s * rng.uniform(0.5, 1.5))
