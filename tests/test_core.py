@@ -198,6 +198,15 @@ def test_a_connection_that_ends_young_is_dialled_after_the_first_wait_and_one_th
     assert waits[0] <= FIRST_RETRY_S < waits[1] <= 2 * FIRST_RETRY_S < waits[2]
 
 
+def test_however_often_a_process_is_killed_young_its_node_is_known_dead_after_the_first_wait():
+    contacts = Contacts(ME, Random(1))
+    contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
+    for number in range(1, 20):
+        connect(contacts, A, number, instance=number)  # started again each time
+        contacts.lost(A, number, 0.0)
+        assert 0 < contacts.next_deadline() <= FIRST_RETRY_S, "no storm, no long wait"
+
+
 @pytest.mark.parametrize(("shown", "in_the_end"), [(20, 20), (200, DIAL_BELOW)])
 def test_of_many_that_mdns_shows_at_once_the_first_are_dialled_and_others_once_it_is_known_how_many(
     shown, in_the_end

@@ -69,7 +69,10 @@ class Contact:
     node: NodeId | None = None
     attempts: int = 0
     flaps: int = 0
-    """connections in a row that ended as soon as they were made: each counts as a failed attempt"""
+    """connections in a row, to one process, that ended as soon as they were made: each after the first
+    counts as a failed attempt"""
+    instance: int = 0
+    """that process"""
     dial_at: float = math.inf
     dialling: bool = False
     source: str = ""
@@ -275,7 +278,10 @@ class Contacts:
         for contact in self._contacts.values():
             if contact.node == node:
                 contact.host = current.host
-                contact.flaps = 0 if lived else contact.flaps + 1
+                again = contact.instance == current.instance
+                contact.instance = current.instance
+                # A process killed young is no link that flaps, however often its node starts again.
+                contact.flaps = 0 if lived else contact.flaps * again + 1
                 contact.attempts = max(0, contact.flaps - 1)  # the first waits FIRST_RETRY_S
                 contact.dial_at = now if lived else now + self._back_off(contact)
         return current
