@@ -207,6 +207,7 @@ class Attachment:
                 "step": self.clock.counted,
                 "clock": self.clock.steps,
                 "resumes": self._kept is not None,
+                "differences": self._tensors.takes_differences,
             },
             self._tensors.fill,
             begin_s,

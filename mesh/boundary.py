@@ -132,6 +132,5 @@ class Boundaries:
             )
 
     def _merge(self, session: Session) -> None:
-        self._tensors.merge(session.posted, session.offered)
+        session.merge(self._tensors)
         self._keeper.merged(session, self._progress.steps)
-        session.fresh = False

@@ -186,7 +186,12 @@ class Control:
                 put.send_nowait(event)
 
         try:
-            answer = {"ok": True, "entries": entries, "vectors": vectors}
+            answer = {
+                "ok": True,
+                "entries": entries,
+                "vectors": vectors,
+                "differences": spec.differences,
+            }
             await lines.send(answer, descriptor=memory.descriptor)
             if await lines.receive() is None:
                 return
@@ -373,6 +378,7 @@ def _spec(request: Request) -> RunSpec:
         strategy=check_strategy(str(request.get("strategy", PAIR)), weight),
         keeps=request.get("keeps") is True,
         resumes=request.get("resumes") is True,
+        differences=request.get("differences") is True,
         step=_whole({"step": 0, **request}, "step"),
         clock=_real({"clock": 0.0, **request}, "clock", -CLOCK_LIMIT, CLOCK_LIMIT),
     )

@@ -34,6 +34,7 @@ class Player:
         codec: str = EXACT,
         strategy: str = PAIR,
         keeps: bool = False,
+        differences: bool = False,
     ) -> None:
         self.x = x
         self.weight = weight
@@ -52,6 +53,7 @@ class Player:
         self._name = run
         self._codec = codec
         self._strategy = strategy
+        self._differences = differences
         self._sync_timeout_s = sync_timeout_s
         self.kept: Floats | None = np.zeros((2, len(x)), dtype=np.float32) if keeps else None
         """what its strategy keeps, as of the last offer"""
@@ -91,6 +93,7 @@ class Player:
             strategy=self._strategy,
             keeps=self.kept is not None,
             resumes=self.resumes,
+            differences=self._differences,
             step=self.steps,
             clock=self.clock,
         )
@@ -111,7 +114,7 @@ class Player:
         run, node = self.run, self.node
         if run.ours:
             return
-        self.x += self.offered - self.posted
+        self.x += self.posted if self._differences else self.offered - self.posted
         self.posted[:] = self.x
         await run.post(step=self.steps, loss=self.loss, samples=self.samples)
         if node is not None and self.node is node:  # else it died meanwhile
@@ -128,7 +131,7 @@ class Player:
                 if self.begun == "donor":
                     self.x[:] = self.offered
                     self._met = True
-                self.posted[:] = self.offered
+                self.posted[:] = 0.0 if self._differences else self.offered  # nothing is lacking
             case "offered":
                 self._met = event["peers"] > 0 or self._met
             case _:

@@ -6,7 +6,8 @@ nothing, and passes over the numbers as seldom as it can: numpy streams 1 MiB in
 cutting a fragment into pieces for the inner caches gained nothing where it was measured.
 
 A step's trip: training writes `posted` -> HandOver.merge(): w += posted - offered -> exchanges move w
--> HandOver.offer(): offered = w -> training: x += offered - posted.
+-> HandOver.offer(): offered = w -> training: x += offered - posted, which the node has computed already
+for most models.
 """
 
 import math
@@ -163,6 +164,17 @@ class Replica:
         np.subtract(values[where], w, out=difference)
         self._move(w, difference, part, spare=difference)
 
+    def subtract(self, index: int, x: Floats) -> None:
+        """x = w - x (entries,) for one fragment."""
+        where = self.slice_of(index)
+        np.subtract(self.weights[where], x[where], out=x[where])
+
+    def advance(self, index: int, x: Floats, since: Floats) -> None:
+        """x += w - since, both (entries,), for one fragment."""
+        where = self.slice_of(index)
+        step = self._difference[: where.stop - where.start]
+        np.add(x[where], np.subtract(self.weights[where], since[where], out=step), out=x[where])
+
     def copy(self, index: int, into: Floats) -> None:
         """`into` (entries,) = w for one fragment, whose norm is taken on the way."""
         where = self.slice_of(index)
@@ -190,12 +202,20 @@ class HandOver:
     locked, and a process that dies between two words leaves the other side's numbers whole. An
     exchange may move w between two fragments: each holds its own `offered = w at that moment`, and
     gets its own `posted - offered` once.
+
+    `differences`: an offer turns `posted` into offered - posted. The training has one pass to make then
+    and not two, while its node has a core to itself on most machines.
     """
 
-    def __init__(self, replica: Replica, posted: Floats, offered: Floats) -> None:
+    def __init__(
+        self, replica: Replica, posted: Floats, offered: Floats, *, differences: bool = False
+    ) -> None:
         self._replica = replica
         self._posted = posted
         self.offered = offered
+        self._differences = differences
+        self._subtracted = [False] * replica.fragments
+        """whether `posted` is the difference of an offer; of one that came back unused, the next goes on"""
 
     def begin(self, index: int) -> None:
         """w = the training's first weights. Raises NotFinite."""
@@ -206,8 +226,14 @@ class HandOver:
 
         False, and nothing is merged, where that is not finite.
         """
+        self._subtracted[index] = False
         return self._replica.progress(index, self._posted, self.offered)
 
     def offer(self, index: int) -> None:
         """offered = w. Say so to the training once all fragments are."""
+        if self._differences and self._subtracted[index]:
+            self._replica.advance(index, self._posted, self.offered)
+        elif self._differences:
+            self._replica.subtract(index, self._posted)
+        self._subtracted[index] = True
         self._replica.copy(index, self.offered)

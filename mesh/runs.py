@@ -67,6 +67,8 @@ class RunSpec:
     """it writes checkpoints: what the strategy keeps beside the replica goes to it with each offer"""
     resumes: bool = False
     """it brings that back from its checkpoint"""
+    differences: bool = False
+    """of each offer it wants what it has to add (replica.HandOver)"""
     step: int = 0
     """steps that the training made before it attached: they are in `clock` already"""
     clock: float = 0.0
@@ -346,7 +348,7 @@ def make_run(
         spec=spec,
         replica=replica,
         codecs=codecs,
-        hand_over=HandOver(replica, posted, offered),
+        hand_over=HandOver(replica, posted, offered, differences=spec.differences),
         tell=tell,
         responses=Responses(replica.fragments, lambda kept: buffers.give(kept.buffer)),
         attached_at=now,

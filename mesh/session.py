@@ -13,6 +13,7 @@ from mesh.arrays import Floats
 from mesh.client import LocalSocket
 from mesh.errors import MeshError, NodeNotRunning, UsageError
 from mesh.shared import HandOverMemory
+from mesh.tensors import Tensors
 
 logger = logging.getLogger("mesh")
 
@@ -49,10 +50,14 @@ class StepClock:
 class Session:
     """Lives from an accepted attach to close(). Every method may raise NodeNotRunning."""
 
-    def __init__(self, link: LocalSocket, memory: HandOverMemory, clock: StepClock) -> None:
+    def __init__(
+        self, link: LocalSocket, memory: HandOverMemory, clock: StepClock, *, differences: bool
+    ) -> None:
         self.link = link
         self.posted = memory.posted
         self.offered = memory.offered
+        self._differences = differences
+        """with an offer `posted` is what the model lacks: of a node that was asked for it, and can"""
         self._kept = memory.kept
         self._memory = memory
         self._clock = clock
@@ -90,7 +95,7 @@ class Session:
             answer = link.request(LOCAL_S, op="attach", **request)
             entries, vectors = int(answer["entries"]), int(answer["vectors"])
             memory = HandOverMemory(link.descriptors.pop(), entries, vectors)
-            session = cls(link, memory, clock)
+            session = cls(link, memory, clock, differences=answer.get("differences") is True)
             fill(session.posted)
             if kept is not None and kept.shape == memory.kept.shape:
                 memory.kept[:] = kept
@@ -127,7 +132,7 @@ class Session:
         kept = self._kept.copy()
         if self.fresh and not self.shown:
             # The model lacks what the offer brings: the anchor goes back by as much.
-            kept[0] += self.posted - self.offered
+            kept[0] -= self.posted if self._differences else self.offered - self.posted
         return kept
 
     @property
@@ -166,6 +171,14 @@ class Session:
             self.want()
             if not self.take_events(LOCAL_S):
                 raise NodeNotRunning("the node does not answer")
+
+    def merge(self, tensors: Tensors) -> None:
+        """Brings the offer in hand into the model."""
+        if self._differences:
+            tensors.add(self.posted)
+        else:
+            tensors.merge(self.posted, self.offered)
+        self.fresh = False
 
     def want(self) -> None:
         """Asks for an offer, once."""

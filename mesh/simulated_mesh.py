@@ -298,6 +298,7 @@ class SimulatedMesh:
             sync_timeout_s=rng.uniform(0.5, 3.0),
             strategy=self.strategy,
             codec=rng.choice(NAMES) if self.rounded else F32,
+            differences=self.machines.index(machine) % 2 == 0,
         )
         machine.training = training = Training(
             player=player, period_s=rng.uniform(0.6, 3.0), learns=learns

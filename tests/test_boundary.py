@@ -35,6 +35,10 @@ class Node:
             self.holding = self.fresh = True
         return self.holding
 
+    def merge(self, tensors):
+        tensors.merge(self.posted, self.offered)
+        self.fresh = False
+
     def want(self):
         pass
 

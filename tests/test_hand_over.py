@@ -34,7 +34,7 @@ class Pair:
     While `slow` the node stands still between two fragments until fragment() lets it go on.
     """
 
-    def __init__(self, nursery, dtype=torch.float32):
+    def __init__(self, nursery, dtype=torch.float32, *, differences=False):
         self.model = torch.nn.Linear(2, 2, dtype=dtype)
         with torch.no_grad():
             for rank, parameter in enumerate(self.model.parameters()):
@@ -51,7 +51,9 @@ class Pair:
             sync_timeout_s=0.0,
             pid=1,
             script="s",
+            differences=differences,
         )
+        self.differences = differences
         self.replica = Replica(ENTRIES, FRAGMENT_ENTRIES)
         codecs = {"f32": Float32()}
         self.run = make_run(
@@ -100,17 +102,18 @@ class Pair:
                 self.to_node.append("want")
                 self.wanted = True
             return
-        if self.fresh:
-            self.tensors.merge(self.posted, self.offered)
+        self.take_in()
         self.tensors.collect(self.posted)
-        self.holding = self.fresh = False
+        self.holding = False
         self.to_node.append("post")
 
     def take_in(self):
         """What the exchange brought is in the model before the next boundary."""
-        if self.fresh:
+        if self.fresh and self.differences:
+            self.tensors.add(self.posted)
+        elif self.fresh:
             self.tensors.merge(self.posted, self.offered)
-            self.fresh = False
+        self.fresh = False
 
     def meet(self):
         """averaged(): an offer that is not in the model goes back unused for a newer one."""
@@ -169,12 +172,12 @@ class Pair:
         return flat
 
 
-def in_pair(scenario, dtype=torch.float32):
+def in_pair(scenario, dtype=torch.float32, *, differences=False):
     """Runs `await scenario(pair)` for a training that has begun."""
 
     async def main():
         async with trio.open_nursery() as nursery:
-            pair = Pair(nursery, dtype)
+            pair = Pair(nursery, dtype, differences=differences)
             with pytest.MonkeyPatch.context() as patch:
                 lowlevel = SimpleNamespace(checkpoint=pair.checkpoint)
                 patch.setattr(runs, "trio", SimpleNamespace(lowlevel=lowlevel))
@@ -248,7 +251,8 @@ OFFER_IN_A_MERGE = [
 @example(CROSSING_HALF_WAY)
 @example(OFFER_IN_A_MERGE)
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_nothing_is_lost_or_counted_twice_in_any_interleaving(actions):
+@pytest.mark.parametrize("differences", [False, True])
+def test_nothing_is_lost_or_counted_twice_in_any_interleaving(differences, actions):
     async def scenario(pair):
         start = pair.x()
         steps, moved = await play(pair, actions)
@@ -256,7 +260,7 @@ def test_nothing_is_lost_or_counted_twice_in_any_interleaving(actions):
         assert np.array_equal(pair.replica.weights, start + np.float32(steps) + moved)
         assert np.array_equal(pair.x(), start + np.float32(steps) + moved)
 
-    in_pair(scenario)
+    in_pair(scenario, differences=differences)
 
 
 @given(st.lists(ACTIONS, max_size=40))

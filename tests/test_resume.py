@@ -5,6 +5,7 @@ import itertools
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mesh.autosave import Autosave
 from mesh.checkpoint import snapshot
 from mesh.generations import read_generation, write_generation
 from mesh.keeper import Keeper
+from mesh.session import Session
 from tests.helpers import REPOSITORY, until
 
 FIGURES = {"run": "toy", "mesh_step": 0, "samples": 0, "strategy": "pair", "exchanged": False}
@@ -154,6 +156,21 @@ def test_what_outer_keeps_goes_into_the_checkpoint_and_back_to_the_node(places, 
     write_generation(path, about, safetensors.torch.save(held))
     with pytest.raises(mesh.UsageError, match="is no state of strategy 'outer'"):
         mesh.load(path, *make(5))
+
+
+@pytest.mark.parametrize("differences", [False, True])
+def test_an_anchor_is_saved_as_it_was_for_a_model_that_lacks_the_offer(differences):
+    posted, offered, anchor = np.float32([1, 2]), np.float32([4, 1]), np.float32([10, 10])
+    kept = np.stack([anchor, np.float32([7, 7])])
+    memory = SimpleNamespace(
+        posted=offered - posted if differences else posted, offered=offered, kept=kept
+    )
+    session = Session(None, memory, None, differences=differences)
+    assert np.array_equal(session.strategy_state(), kept), "the offer is in the model"
+    session.fresh = True
+    lacking = session.strategy_state()
+    assert lacking[0].tolist() == [10 - 3, 10 + 1]
+    assert lacking[1].tolist() == [7, 7]
 
 
 # -------------------------------------------------------------------------------- without any node

@@ -97,6 +97,26 @@ def test_a_model_elsewhere_is_averaged_as_one_in_memory_to_the_bit(device, dtype
     assert all(torch.equal(value, pieces(here)[name]) for name, value in pieces(there).items())
 
 
+def test_a_difference_is_added_elsewhere_as_it_is_merged_in_memory_to_the_bit(device):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Conv2d(3, 4, 2)).double()
+    there = copy.deepcopy(model).to(device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "elsewhere", lambda tensor: not tensor.is_cpu)
+        ours = Tensors(model)
+        posted = np.zeros(ours.entries, np.float32)
+        ours.fill(posted)
+        offered = np.random.default_rng(1).normal(size=ours.entries).astype(np.float32)
+        difference = offered - posted
+        ours.merge(posted, offered)
+    theirs = Tensors(there)
+    assert theirs.takes_differences
+    theirs.add(difference)
+    came, expected = pieces(there), pieces(model)
+    assert all(torch.equal(came[name], value) for name, value in expected.items())
+    for other in (Odd(torch.float32), torch.nn.Linear(2, 2, dtype=torch.bfloat16)):
+        assert not Tensors(other).takes_differences, "`posted` knows more than the model"
+
+
 def test_a_model_may_move_between_two_hand_overs(monkeypatch):
     """model.to() keeps the parameters, and changes where they lie: here by what counts as elsewhere."""
     model = torch.nn.Linear(3, 2)
