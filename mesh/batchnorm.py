@@ -60,10 +60,19 @@ class RunningStatistics:
         now, then = self.moments(), _moments(*self._rounded(mean, s))
         return now[0] - then[0], now[1] - then[1]
 
+    def carried(self, mean: torch.Tensor, s: torch.Tensor) -> Pair:
+        """(mean, s) with progress() added, float64; where they are not finite, what the layer holds."""
+        now, then = self.moments(), _moments(*self._rounded(mean, s))
+        return _over(mean, now[0], then[0]), _over(s, now[1], then[1])
+
     def _rounded(self, mean: torch.Tensor, s: torch.Tensor) -> Pair:
         """(mean, variance) in the layer's own type, as write() leaves them."""
         variance = torch.from_numpy(variance_of(mean.numpy(), s.numpy()))
         return mean.to(self.mean.dtype), variance.to(self.variance.dtype)
+
+
+def _over(kept: torch.Tensor, now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+    return torch.where(kept.isfinite(), now - then + kept, now)
 
 
 def _moments(mean: torch.Tensor, variance: torch.Tensor) -> Pair:

@@ -35,7 +35,8 @@ Schema = list[tuple[str, tuple[int, ...], str]]
 def variance_of(mean: Floats, s: Floats) -> "NDArray[np.float64]":
     """The variances that second moments `s` stand for, float64, of their shape."""
     exact = s.astype(np.float64)
-    variance = exact - np.square(mean, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # of one batch that overflowed, which is the training's own
+        variance = exact - np.square(mean, dtype=np.float64)
     return np.maximum(variance, np.maximum(exact * RESOLUTION, TINY))
 
 

@@ -100,15 +100,15 @@ class WatchedReplica(Replica):
         self._ledger.moved(self, self.slice_of(index))
         return distance
 
-    def progress(self, index: int, posted: Floats, offered: Floats) -> bool:
+    def progress(self, index: int, posted: Floats, offered: Floats) -> int | None:
         where = self.slice_of(index)
         before = self.weights[where].copy()
-        whole = super().progress(index, posted, offered)
+        lost = super().progress(index, posted, offered)
         for (_, asked), since in self.since_asked.items():
             if asked == index:
                 since += self.weights[where] - before
         self._ledger.merged(self, where)
-        return whole
+        return lost
 
     def fill(self, index: int, values: Floats) -> None:
         where = self.slice_of(index)

@@ -18,6 +18,9 @@ from mesh.codec import Codec
 from mesh.core.messages import FRAGMENT_ENTRIES
 from mesh.errors import NotFinite
 
+FAR = 1e16
+"""No weight is that far from 0, and the squares of a whole fragment of such steps add up in float32."""
+
 
 def square_norm(values: Floats) -> float:
     """Sum of squares of `values` (n,), in one pass.
@@ -134,18 +137,25 @@ class Replica:
             raise NotFinite("the model's weights are not finite: NaN, infinite, or beyond 1e19")
         np.copyto(self.weights[where], values[where])
 
-    def progress(self, index: int, posted: Floats, offered: Floats) -> bool:
-        """w += posted - offered for one fragment; False, with nothing changed, if not finite."""
+    def progress(self, index: int, posted: Floats, offered: Floats) -> int | None:
+        """w += posted - offered for one fragment.
+
+        Entries where that is not finite made no progress: posted = offered there, so that what they
+        are never comes back to the training either. Returns the first of them, or None.
+        """
         where = self.slice_of(index)
         w, step = self.weights[where], self._difference[: where.stop - where.start]
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(posted[where], offered[where], out=step)
-        length = square_norm(step)
+        length, first = square_norm(step), None
         if not math.isfinite(length):
-            return False
+            lost = ~(np.abs(step) < FAR)  # NaN is not below
+            step[lost] = 0
+            posted[where][lost] = offered[where][lost]
+            length, first = square_norm(step), where.start + int(lost.argmax())
         self._steps[index] = length
         np.add(w, step, out=w)
-        return True
+        return first
 
     def square_progress(self) -> float:
         """Sum of squares of what the training's last hand-over added."""
@@ -216,18 +226,19 @@ class HandOver:
         self._differences = differences
         self._subtracted = [False] * replica.fragments
         """whether `posted` is the difference of an offer; of one that came back unused, the next goes on"""
+        self.lost: int | None = None
+        """the first entry of a post that was not finite"""
 
     def begin(self, index: int) -> None:
         """w = the training's first weights. Raises NotFinite."""
         self._replica.fill(index, self._posted)
 
-    def merge(self, index: int) -> bool:
-        """w += posted - offered: the training's progress since its last offer.
-
-        False, and nothing is merged, where that is not finite.
-        """
+    def merge(self, index: int) -> None:
+        """w += posted - offered: the training's progress since its last offer, where that is finite."""
         self._subtracted[index] = False
-        return self._replica.progress(index, self._posted, self.offered)
+        lost = self._replica.progress(index, self._posted, self.offered)
+        if self.lost is None:
+            self.lost = lost
 
     def offer(self, index: int) -> None:
         """offered = w. Say so to the training once all fragments are."""

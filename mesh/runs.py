@@ -22,7 +22,7 @@ from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
-from mesh.core.schema import digest
+from mesh.core.schema import digest, name_at
 from mesh.core.strategies import CLIP_PEERS, OUTER, PAIR
 from mesh.counters import Counters
 from mesh.errors import LocalProtocolError
@@ -250,13 +250,16 @@ class Run:
                 raise LocalProtocolError("posted without an offer in hand")
             self.clock.add(max(0, step - self.step))
             self.step, self.loss, self.samples = step, loss, samples
-            whole = await self._each_fragment(self.hand_over.merge)
+            self.hand_over.lost = None
+            await self._each_fragment(self.hand_over.merge)
+            lost = self.hand_over.lost
             if not self.partners():
                 await self._begin_outer()
             self.ours = True  # only now: an offer overwrites what is being merged
-        if not whole:
+        if lost is not None:
             self.counters.non_finite += 1
-            self.tell({"event": "diverged", "step": step})
+            tensor = name_at(self.spec.entries, lost)
+            self.tell({"event": "diverged", "step": step, "tensor": tensor})
 
     def take_back(self) -> None:
         """The training gives an offer back unused, to get a newer one: nothing is merged.
@@ -286,17 +289,15 @@ class Run:
                     news["every"] = self.every
                 self.tell({**event, **news})
 
-    async def _each_fragment(self, step: Callable[[int], bool | None]) -> bool:
-        """Does `step` to one fragment after the other; False if any step said so.
+    async def _each_fragment(self, step: Callable[[int], object]) -> None:
+        """Does `step` to one fragment after the other.
 
         Between two the loop gets its turn: 400 MB at once would be a stall of 0.2 s.
         """
-        whole = True
         for index in range(self.replica.fragments):
             if index:
                 await trio.lowlevel.checkpoint()
-            whole &= step(index) is not False
-        return whole
+            step(index)
 
     def reach(self) -> float | None:
         """The longest delta that an exchange may bring now; see core/guard.py."""

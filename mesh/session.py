@@ -24,7 +24,8 @@ EVALUATION_S: Final = 2.0
 """averaged() and close() wait this long for one exchange, so that what counts is the mesh's."""
 
 REPORT_S: Final = 60.0
-"""A newcomer on slow Wi-Fi hears this often that its first weights are still on their way."""
+"""A newcomer on slow Wi-Fi hears this often that its first weights are still on their way, and a training
+that a tensor of it is not finite."""
 
 
 @dataclass(slots=True)
@@ -73,6 +74,8 @@ class Session:
         """steps between hand-overs, where `mesh set every=` changed it"""
         self._wanted = False
         self._meets = 0
+        self._lost = "", 0.0
+        """the tensor that was last said not to be finite, and when"""
 
     @classmethod
     def attach(
@@ -158,12 +161,21 @@ class Session:
                     self._clock.steps = float(event["clock"])
                     self.every = event.get("every")
                 case "diverged":
-                    logger.warning(
-                        "the weights are not finite at step %s: they are not shared; "
-                        "lower the learning rate",
-                        event.get("step"),
-                    )
+                    self._say_lost(str(event.get("tensor", "a tensor")), event.get("step"))
         return self.holding
+
+    def _say_lost(self, tensor: str, step: object) -> None:
+        """Once a minute: a statistic may hold a NaN for ever."""
+        last, at = self._lost
+        if tensor == last and self.link.now() < at + REPORT_S:
+            return
+        self._lost = tensor, self.link.now()
+        logger.warning(
+            "%s is not finite at step %s: numbers that are NaN, infinite or beyond 1e16 are not shared, "
+            "all others are; where it is a weight, lower the learning rate",
+            tensor,
+            step,
+        )
 
     def wait_for_offer(self) -> None:
         """For one after an exchange; without that, for one as things are. Raises NodeNotRunning."""

@@ -180,8 +180,8 @@ class Tensors:
             else:
                 part.add_(_progress(tensor, part))
         for layer, mean, second in self._moments(posted):
-            for part, value in zip((mean, second), layer.progress(mean, second), strict=True):
-                part.copy_(value.add_(part))
+            for part, value in zip((mean, second), layer.carried(mean, second), strict=True):
+                part.copy_(value)
             layer.write(mean, second)  # or what posted keeps would be taken for progress next time
 
     @torch.no_grad()

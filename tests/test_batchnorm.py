@@ -140,6 +140,35 @@ def test_a_mesh_at_rest_leaves_statistics_alone_even_of_a_constant_input():
     assert torch.allclose(layer.running_var, floors, rtol=1e-3)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_statistics_that_were_not_finite_for_a_while_may_be_put_right(later):
+    """At once, before the next offer; or later, when an offer has been taken in meanwhile."""
+    good = norm_of(data_of(np.random.default_rng(5), 50)).state_dict()
+    layer = norm_of(data_of(np.random.default_rng(6), 50))
+    tensors, posted, offered = attached(layer)
+
+    def node():
+        np.copyto(posted, offered, where=~np.isfinite(posted))  # as Replica.progress() does
+        offered[:] = posted
+
+    for bad in (float("nan"), float("inf")):
+        layer.running_mean[0] = layer.running_var[0] = bad
+        tensors.collect(posted)
+        assert not np.isfinite(posted).all()
+        node()
+        if later:
+            tensors.merge(posted, offered)
+            assert not np.isfinite(posted).all()
+        layer.load_state_dict(good)
+        if not later:
+            tensors.merge(posted, offered)
+        tensors.collect(posted)
+        assert np.isfinite(posted).all()
+        node()
+        for name in ("running_mean", "running_var"):
+            assert torch.allclose(layer.state_dict()[name], good[name], rtol=1e-4), (bad, name)
+
+
 def test_noise_of_a_codec_never_makes_a_variance_negative():
     layer = norm_of(data_of(np.random.default_rng(4), 50))
     tensors, posted, offered = attached(layer)

@@ -45,7 +45,10 @@ class Pair:
         self.tensors.fill(self.posted)
         spec = RunSpec(
             run="r",
-            entries=(SchemaEntry(name="w", shape=(ENTRIES,), dtype="float32"),),
+            entries=(
+                SchemaEntry(name="weight", shape=(2, 2), dtype="float32"),
+                SchemaEntry(name="bias", shape=(2,), dtype="float32"),
+            ),
             weight=1.0,
             every=1,
             sync_timeout_s=0.0,
@@ -424,6 +427,51 @@ def test_an_offer_is_never_written_while_the_training_reads_it():
     in_pair(scenario)
 
 
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize(
+    ("dtype", "differences"),
+    [
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.float64, True),
+        (torch.bfloat16, False),
+        (torch.float16, False),
+    ],
+)
+def test_a_number_that_is_not_finite_costs_no_other_anything_and_may_be_put_right(
+    dtype, differences, worst
+):
+    """As without a mesh: whoever keeps a good model goes on from it, and one bad statistic is only that."""
+
+    async def scenario(pair):
+        start = pair.x()
+        pair.step(0.5)
+        with torch.no_grad():
+            pair.model.bias[0] = worst
+        await play(pair, [("boundary",), ("serve",)])
+        await pair.hurry()
+        good = np.arange(ENTRIES) != 4
+        assert np.array_equal(pair.replica.weights, start + np.float32(0.5) * good)
+        assert [(event["event"], event["tensor"]) for event in pair.to_training] == [
+            ("diverged", "bias")
+        ]
+        pair.to_training.clear()
+        pair.exchange(0.25)
+        await drain(pair)
+        pair.to_training.clear()
+        assert np.array_equal(pair.x()[good], (start + np.float32(0.75))[good])
+        assert not np.abs(pair.x()[4]) < 1e16, "it is the training's own"
+        with torch.no_grad():
+            pair.model.weight.copy_(torch.ones(2, 2))
+            pair.model.bias.fill_(2.0)
+        for _ in range(3):
+            await drain(pair)
+        assert np.array_equal(pair.x(), start)
+        assert np.array_equal(pair.replica.weights, start)
+
+    in_pair(scenario, dtype, differences=differences)
+
+
 def test_weights_that_are_not_finite_never_reach_the_replica():
     async def scenario(pair):
         before = pair.replica.weights.copy()
@@ -433,6 +481,7 @@ def test_weights_that_are_not_finite_never_reach_the_replica():
         assert np.array_equal(pair.replica.weights, before)
         assert pair.run.counters.non_finite == 1
         assert [event["event"] for event in pair.to_training] == ["diverged"]
+        pair.posted[0] = np.nan
         with pytest.raises(NotFinite):
             await pair.run.load()
 

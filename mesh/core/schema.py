@@ -6,6 +6,8 @@ here, 12x64 there`. A node that only averages never sends more than the 16 chara
 """
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +26,12 @@ def digest(entries: tuple[SchemaEntry, ...]) -> str:
     """16 hexadecimal characters that are equal exactly where names, shapes and dtypes are."""
     text = "\n".join(f"{e.name}\t{'x'.join(map(str, e.shape))}\t{e.dtype}" for e in entries)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def name_at(entries: tuple[SchemaEntry, ...], position: int) -> str:
+    """Of the tensor that holds this entry of the flat buffer."""
+    ends = itertools.accumulate(math.prod(entry.shape) for entry in entries)
+    return next(entry.name for entry, end in zip(entries, ends, strict=True) if position < end)
 
 
 def page_of(entries: tuple[SchemaEntry, ...], request: SchemaRequest) -> SchemaPage:
