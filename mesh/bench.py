@@ -25,7 +25,7 @@ from mesh.net.transport import Stream
 
 BLOCK_BYTES: Final = wire.BODY_LIMIT_BYTES
 IN_FLIGHT: Final = 8
-"""Blocks on their way at once, as fragments in an exchange."""
+"""Blocks on their way at once: what an exchange may have in doubt."""
 
 ROUND_TRIPS: Final = 50
 ROUND_TRIPS_SHARE: Final = 0.2

@@ -101,6 +101,7 @@ class Initiator:
                     square_norm=run.replica.square_norm(),
                     clip=record.clip,
                     ahead=record.ahead,
+                    turn=record.turn,
                     brought=record.applied - first,
                 )
             )
@@ -224,7 +225,8 @@ class Initiator:
             except Refused as refusal:
                 # Only exact rounds have places in them: anybody else is refused like any other.
                 record.ahead = refusal.position if record.turn else None
-                if record.in_doubt and not refusal.unknown:
+                # Who knows of another place has not begun this one: some peers say only that.
+                if record.in_doubt and not refusal.unknown and refusal.position is None:
                     record.connection_lost()
                     return ev.Outcome.INTERRUPTED, str(refusal)
                 return ev.Outcome.REFUSED, str(refusal)

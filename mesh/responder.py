@@ -7,6 +7,7 @@ applying it. 3. What is not finite is refused before it touches anything. 4. Nob
 connection that is older.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple
 
@@ -48,6 +49,10 @@ PEER_LIMIT: Final = 8
 same moment); an idle one holds a descriptor and a header buffer of 64 kB."""
 
 
+BACK_S: Final = 60.0
+"""A peer whose connection broke resumes within this, or is most likely gone."""
+
+
 class Opened(NamedTuple):
     """An exchange that is being answered."""
 
@@ -80,6 +85,8 @@ class Responder:
         self._refused = refused
         self._bench = BenchAnswerer()
         self._answering: dict[NodeId, list[trio.CancelScope]] = {}
+        self._left: dict[NodeId, float] = {}
+        """when the last connection of a peer ended"""
 
     async def answer(self, stream: Stream, reader: FrameReader) -> None:
         """Answers one peer's exchanges until its connection ends."""
@@ -97,6 +104,15 @@ class Responder:
                 mine.remove(scope)
                 if not mine:
                     del self._answering[peer]
+                    self._left = {
+                        node: at for node, at in self._left.items() if self._waits_for(node)
+                    }
+                    self._left[peer] = trio.current_time()
+
+    def _waits_for(self, peer: NodeId) -> bool:
+        """Whether it is connected, or was until a moment ago: what it began here is not forgotten."""
+        left = self._left.get(peer, -math.inf)
+        return peer in self._answering or trio.current_time() < left + BACK_S
 
     def drop(self, peer: NodeId) -> None:
         """The peer is dead: nothing more comes over its connections."""
@@ -177,6 +193,7 @@ class Responder:
                 message.end,
                 weight=message.weight,
                 turn=message.turn,
+                waits_for=self._waits_for,
             )
         if reason is None:
             run = self._runs[message.run]

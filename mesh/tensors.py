@@ -45,7 +45,6 @@ class Tensors:
     def __init__(self, model: torch.nn.Module) -> None:
         """Raises UsageError for a model that cannot be averaged."""
         self.model = model
-        self._bare = bare(model)
         self._kept_parts: dict[int, list[torch.Tensor]] = {}
         """of flat buffers that live as long as a session, by id"""
         self._seen: tuple[dict[str, Any], list[tuple[Any, ...]]] = {}, []
@@ -111,7 +110,7 @@ class Tensors:
 
         A buffer that forward() makes anew is followed.
         """
-        if self._is_as_seen(entries := self._bare.state_dict(keep_vars=True)):
+        if self._is_as_seen(entries := bare(self.model).state_dict(keep_vars=True)):
             return
         now = floating(self.model)
         for name, tensor in self._tensors.items():
@@ -137,7 +136,7 @@ class Tensors:
             raise UsageError(f"the model changed: {added} was added since join()")
         if any(now[name] is not tensor for name, tensor in self._tensors.items()):
             self._hold({name: now[name] for name in self._tensors})
-        self._seen = entries, self._facts()
+        self._seen = entries, self._facts(entries)
 
     def _is_as_seen(self, entries: dict[str, Any]) -> bool:
         """Whether the state dict is, object for object, that of the last check(): a third of the time of
@@ -146,12 +145,16 @@ class Tensors:
         return (
             list(entries) == list(seen)
             and all(map(operator.is_, entries.values(), seen.values()))
-            and self._facts() == facts
+            and self._facts(entries) == facts
         )
 
-    def _facts(self) -> list[tuple[Any, ...]]:
+    @staticmethod
+    def _facts(entries: dict[str, Any]) -> list[tuple[Any, ...]]:
         """What assigning to .data changes in a tensor that stays the same object."""
-        return [(t.data_ptr(), t.dtype, t.shape) for t in self._tensors.values()]
+        tensors = [value for value in entries.values() if isinstance(value, torch.Tensor)]
+        return [
+            (t.data_ptr() if t.layout is torch.strided else 0, t.dtype, t.shape) for t in tensors
+        ]
 
     @torch.no_grad()
     def fill(self, flat: Floats) -> None:

@@ -24,6 +24,7 @@ from mesh.core.contacts import (
 from mesh.core.exchange import (
     AHEAD,
     LEAST_PART,
+    OVER_LIMIT,
     RECORDS_LIMIT,
     Initiation,
     Responses,
@@ -202,9 +203,22 @@ def test_however_often_a_process_is_killed_young_its_node_is_known_dead_after_th
     contacts = Contacts(ME, Random(1))
     contacts.suggest(AT, 0.0, source="mdns", hint=A[:16])
     for number in range(1, 20):
-        connect(contacts, A, number, instance=number)  # started again each time
-        contacts.lost(A, number, 0.0)
-        assert 0 < contacts.next_deadline() <= FIRST_RETRY_S, "no storm, no long wait"
+        now = 1.0 * number
+        connect(contacts, A, number, instance=number, now=now)  # started again each time
+        contacts.lost(A, number, now)
+        assert 0 < contacts.next_deadline() - now <= FIRST_RETRY_S, "no storm, no long wait"
+
+
+def test_who_shows_another_process_at_each_dial_is_dialled_no_more_than_twice_a_second():
+    contacts, now, dials = Contacts(ME, Random(1)), 0.0, 0
+    contacts.suggest(AT, now, source="peer", node=A)
+    while now < 60.0:
+        [due] = contacts.due(now)
+        dials += 1
+        connect(contacts, A, dials, contact=due.key, instance=dials, now=now)
+        contacts.lost(A, dials, now)
+        now = contacts.next_deadline()
+    assert 20 < dials <= 120
 
 
 @pytest.mark.parametrize(("shown", "in_the_end"), [(20, 20), (200, DIAL_BELOW)])
@@ -504,7 +518,7 @@ def test_what_was_refused_is_never_answered_and_what_was_begun_only_not_yet():
     responses = Responses(20, lambda reply: None)
     assert responses.refuse(A, 7), "for ever"
     assert not responses.knows(A, 7)
-    assert responses.open(A, 7, 0, "f32") == "this exchange was refused before"
+    assert "not known" in responses.open(A, 7, 0, "f32")
     assert responses.open(A, 8, 0, "f32") is None
     responses.applied(A, 8, 0, "reply")
     assert not responses.refuse(A, 8)
@@ -539,20 +553,52 @@ def test_the_responder_keeps_no_more_than_the_window():
     assert responses.kept_replies == WINDOW
 
 
-def test_of_too_many_exchanges_the_finished_are_forgotten_first_then_the_oldest():
-    freed = []
+def asked_by_many(freed):
+    """(responses of a replica of one fragment, those who ask): all are answered and not finished."""
     responses = Responses(1, freed.append)
     nodes = [NodeId(f"node{k:08}") for k in range(RECORDS_LIMIT + 2)]
     for k, node in enumerate(nodes[:RECORDS_LIMIT]):
         responses.open(node, 1, 0, "f32")
         responses.kept(node, 1, 0, 0)
         responses.applied(node, 1, 0, k)
+    return responses, nodes
+
+
+def test_of_too_many_exchanges_the_oldest_is_forgotten_whose_node_went_away():
+    freed = []
+    responses, nodes = asked_by_many(freed)
     responses.finish(nodes[5], 1)
+    gone = nodes[3]
     for node in nodes[RECORDS_LIMIT:]:
-        assert responses.open(node, 1, 0, "f32") is None
-    assert freed == [5, 0]
-    assert "not known" in responses.open(nodes[0], 1, 1, "f32")
+        assert responses.open(node, 1, 0, "f32", waits_for=lambda node: node != gone) is None
+    assert freed == [5, 3]
+    for start in (0, 1):
+        assert "not known" in responses.open(gone, 1, start, "f32"), "it would be applied again"
     assert responses.open(nodes[1], 1, 1, "f32") is None
+
+
+def test_while_all_that_it_has_room_for_are_at_it_others_are_refused_and_nobody_is_forgotten():
+    freed = []
+    responses, nodes = asked_by_many(freed)
+    new = nodes[RECORDS_LIMIT]
+    reason = responses.open(new, 1, 0, "f32", waits_for=lambda node: True)
+    assert f"{RECORDS_LIMIT} others are at it" in reason
+    assert responses.refuse(new, 1)
+    assert all(responses.knows(node, 1) for node in nodes[:RECORDS_LIMIT])
+    assert freed == []
+    responses.finish(nodes[0], 1)
+    assert responses.open(new, 2, 0, "f32", waits_for=lambda node: True) is None
+
+
+def test_what_is_known_of_exchanges_that_are_over_is_bounded():
+    responses = Responses(1, lambda reply: None)
+    for k in range(OVER_LIMIT + 1):
+        responses.refuse(NodeId(f"node{k:08}"), 5)
+    assert len(responses._over) == OVER_LIMIT
+    newest = NodeId(f"node{OVER_LIMIT:08}")
+    responses.refuse(newest, 3)
+    assert "not known" in responses.open(newest, 5, 0, "f32"), "numbers only rise"
+    assert responses.open(newest, 6, 0, "f32") is None
 
 
 def test_an_exchange_that_is_not_known_here_is_not_resumed():

@@ -156,11 +156,14 @@ def tied_by_its_storage(model):
         (shorter, "1.bias was .2,., is .1,."),
         (half, "1.weight was torch.float32, is torch.float16"),
         (tied_by_its_storage, "1.weight is gone"),
+        (lambda m: setattr(m.count, "data", torch.zeros(1)), "count was added"),
     ],
 )
 def test_each_change_of_a_model_is_noticed_that_was_found_good_before(spoil, says):
     """Nothing is looked at anew while the state dict is what it was: what assigning changes counts too."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+    model.register_buffer("graph", torch.eye(2, dtype=torch.int64).to_sparse())
     averaged = Tensors(model)
     averaged.check()
     model[0].weight.data = torch.ones(2, 2)  # as .to() and vector_to_parameters() do
@@ -171,6 +174,15 @@ def test_each_change_of_a_model_is_noticed_that_was_found_good_before(spoil, say
     assert posted[:4].tolist() == [1.0] * 4, "what the model holds now"
     spoil(model)
     with pytest.raises(UsageError, match=says):
+        averaged.check()
+
+
+def test_another_model_in_the_same_wrapper_is_noticed():
+    wrapper = nn.DataParallel(nn.Linear(2, 2))
+    averaged = Tensors(wrapper)
+    averaged.check()
+    wrapper.module = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="weight was replaced"):
         averaged.check()
 
 

@@ -264,6 +264,42 @@ def test_nodes_that_wait_for_each_other_in_a_ring_find_out_and_go_on():
     run_seeded(main, 1)
 
 
+def test_at_rest_nobody_sends_weights_to_be_told_that_it_is_not_time_yet():
+    values = np.random.default_rng(2).standard_normal((2, 5000))
+
+    async def main(rng):
+        async with replicas_apart(rng, values, "exact") as (_, players):
+            await trio.sleep(30)
+
+            def figures():
+                counts = [(c.completed, c.refused, c.bytes_sent) for c in counters]
+                return np.sum(counts, axis=0)
+
+            counters = [player.run.counters for player in players]
+            before = figures()
+            await trio.sleep(300)
+            completed, refused, sent = figures() - before
+            assert refused > completed > 0, "the one that waits looks where the other is"
+            assert sent < 1.05 * 2 * completed * 4 * 5000
+
+    run_seeded(main, 1)
+
+
+def test_an_exchange_that_goes_on_later_counts_for_its_own_place_in_the_rounds():
+    nodes = [node_id(k) for k in range(1, 4)]
+    plan = ExactRounds(nodes[0])
+    plan.see(nodes[1:])
+    old = plan.choose(nodes[1:], rest=False, now=0.0).turn
+    plan.ended(completed=False, ahead=None, turn=old)  # broke off
+    plan.see(nodes[1:2])
+    new = plan.choose(nodes[1:2], rest=False, now=0.0).turn
+    plan.ended(completed=False, ahead=None, turn=new)
+    plan.ended(completed=True, ahead=None, turn=old)  # resumed
+    assert plan.position == 0, "a round that was not made"
+    plan.ended(completed=True, ahead=None, turn=new)
+    assert plan.position == 1
+
+
 def test_a_place_in_the_rounds_is_agreed_on():
     nodes = [node_id(k) for k in range(1, 5)]
     plans = {me: ExactRounds(me) for me in nodes}
@@ -279,7 +315,7 @@ def test_a_place_in_the_rounds_is_agreed_on():
     other = Turn(view="0" * 16, position=0, step=0.5)
     assert "another view" in plans[b].objection(a, other)
     assert "another view" in plans[b].objection(a, None)
-    plans[a].ended(completed=True, ahead=None)
+    plans[a].ended(completed=True, ahead=None, turn=start.turn)
     plans[b].answered(start.turn)
     plans[b].answered(start.turn)  # a reply that went out twice counts once
     assert plans[a].position == plans[b].position == 1

@@ -39,7 +39,8 @@ HINT_LENGTH = 16
 
 STEADY_S = 1.0
 """A connection that lived this long was a good one: if it ends, its node is dialled at once, and a
-process that was killed is known to be dead in milliseconds. One a second is what that costs at most."""
+process that was killed is known to be dead in milliseconds. One a second is what that costs at most, two where
+a node shows another process each time."""
 
 TWIN = "twin:"
 """Key of the one contact that may be this node itself; no node id begins so."""
@@ -73,6 +74,8 @@ class Contact:
     counts as a failed attempt"""
     instance: int = 0
     """that process"""
+    counts_from: float = -math.inf
+    """when another process was last given a new count"""
     dial_at: float = math.inf
     dialling: bool = False
     source: str = ""
@@ -278,10 +281,11 @@ class Contacts:
         for contact in self._contacts.values():
             if contact.node == node:
                 contact.host = current.host
-                again = contact.instance == current.instance
+                if contact.instance != current.instance and now >= contact.counts_from + STEADY_S:
+                    # A process killed young is no link that flaps, however often its node starts again.
+                    contact.flaps, contact.counts_from = 0, now
                 contact.instance = current.instance
-                # A process killed young is no link that flaps, however often its node starts again.
-                contact.flaps = 0 if lived else contact.flaps * again + 1
+                contact.flaps = 0 if lived else contact.flaps + 1
                 contact.attempts = max(0, contact.flaps - 1)  # the first waits FIRST_RETRY_S
                 contact.dial_at = now if lived else now + self._back_off(contact)
         return current

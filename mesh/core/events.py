@@ -156,6 +156,8 @@ class ExchangeEnded:
     clip: bool = False
     ahead: int | None = None
     """refused out of turn: the peer's place in the rounds"""
+    turn: Turn | None = None
+    """its own, of an exact round"""
     brought: int = 0
     """fragments that a pull brought, whatever its outcome"""
 

@@ -34,8 +34,11 @@ two sockets do not hold goes out as the responder acknowledges, in its own time:
 machine took up to a third longer, and one in two did."""
 
 RECORDS_LIMIT = 32
-"""Exchanges that a responder keeps replies for: at most 32 windows of 8 MiB. Of nodes that died in the
-middle the oldest are forgotten; one that comes back after all is told so and begins anew."""
+"""Exchanges that a responder keeps replies for: at most 32 windows of 8 MiB. Of nodes that went away in the
+middle the one that began first is forgotten; if it comes back after all it is told so and begins anew."""
+
+OVER_LIMIT = 1024
+"""Nodes whose last exchange is known to be over; a number each."""
 
 
 def share(theirs: float, mine: float, *, part: float = 1.0, turn: Turn | None = None) -> float:
@@ -181,8 +184,6 @@ class _Record(Generic[Reply]):
     end: int
     used: float = 0.0
     """square length of what was applied so far"""
-    finished: bool = False
-    refused: bool = False
     kept: deque[tuple[int, Reply]] = field(default_factory=deque)
     clock: float | None = None
     """what the initiator was told of the mesh clock"""
@@ -196,6 +197,10 @@ class Responses(Generic[Reply]):
         self._fragments = fragments
         self._release = release
         self._records: dict[NodeId, _Record[Reply]] = {}
+        """those that are under way"""
+        self._over: dict[NodeId, int] = {}
+        """the last exchange of a node that is over (all of it answered, refused, or forgotten to make room):
+        what was sent of it may still arrive, and would be taken for new"""
 
     @property
     def kept_replies(self) -> int:
@@ -212,27 +217,33 @@ class Responses(Generic[Reply]):
         *,
         weight: float = 1.0,
         turn: Turn | None = None,
+        waits_for: Callable[[NodeId], bool] = lambda node: False,
     ) -> str | None:
         """Begins an exchange of the fragments [first, end), or resumes it at `start`, on the terms
-        that it began with; returns why not, or None."""
+        that it began with; returns why not, or None. Nobody whom the caller `waits_for` is forgotten
+        for it."""
         terms = codec, weight, turn
         end = self._fragments if end is None else end
         if not first <= start <= end <= self._fragments:
             raise RemoteProtocolError(f"starts at {start} of {first}..{end}")
         record = self._records.get(initiator)
         if record is not None and record.exchange == exchange:
-            if record.refused:
-                return "this exchange was refused before"
             if start > record.applied:
                 raise RemoteProtocolError(f"resumes at {start}, applied {record.applied}")
             if record.terms != terms:
                 raise RemoteProtocolError(f"resumes on {terms}, began on {record.terms}")
             return None
-        if start > first:
-            return "this exchange is not known here"
         if record is not None and exchange < record.exchange:
             raise RemoteProtocolError("exchange numbers of a node only rise")
-        self._enter(initiator, _Record(exchange=exchange, terms=terms, applied=first, end=end))
+        if start > first or exchange <= self._over.get(initiator, -1):
+            return "this exchange is not known here"
+        if record is None and len(self._records) >= RECORDS_LIMIT:
+            left = next((node for node in self._records if not waits_for(node)), None)
+            if left is None:
+                return f"{RECORDS_LIMIT} others are at it: ask again, or somebody else"
+            self._end(left, self._records[left].exchange)
+        self.forget(initiator)
+        self._records[initiator] = _Record(exchange=exchange, terms=terms, applied=first, end=end)
         return None
 
     def refuse(self, initiator: NodeId, exchange: int) -> bool:
@@ -240,16 +251,13 @@ class Responses(Generic[Reply]):
         another time, any other never is, though what was sent of it may still arrive."""
         record = self._records.get(initiator)
         if record is None or exchange > record.exchange:
-            terms = "", 0.0, None
-            never: _Record[Reply] = _Record(exchange=exchange, terms=terms, applied=0, end=0)
-            never.finished = never.refused = True
-            self._enter(initiator, never)
+            self._end(initiator, exchange)
         return not self.knows(initiator, exchange)
 
     def knows(self, initiator: NodeId, exchange: int) -> bool:
         """Whether this exchange was opened before: it is resumed, whatever has changed since."""
         record = self._records.get(initiator)
-        return record is not None and record.exchange == exchange and not record.refused
+        return record is not None and record.exchange == exchange
 
     def used(self, initiator: NodeId, exchange: int) -> float:
         """Square length of the deltas that this exchange has brought so far."""
@@ -299,35 +307,26 @@ class Responses(Generic[Reply]):
         return record.clock
 
     def finish(self, initiator: NodeId, exchange: int) -> None:
-        """The initiator has every delta; the record stays only to recognise old numbers."""
+        """The initiator has every delta."""
         record = self._record(initiator, exchange)
         if record.applied == record.end:
-            record.finished = True
-            self._drop_kept(record)
+            self._end(initiator, exchange)
 
     def forget(self, initiator: NodeId) -> None:
-        """The initiator began another exchange, or is gone for good: it will never ask again."""
+        """The initiator began another exchange: it will never ask for this one again."""
         record = self._records.pop(initiator, None)
-        if record is not None:
-            self._drop_kept(record)
-
-    def _enter(self, initiator: NodeId, record: _Record[Reply]) -> None:
-        self.forget(initiator)
-        if len(self._records) >= RECORDS_LIMIT:
-            self._forget_one()
-        self._records[initiator] = record
-
-    def _drop_kept(self, record: _Record[Reply]) -> None:
-        while record.kept:
+        while record is not None and record.kept:
             self._release(record.kept.popleft()[1])
+
+    def _end(self, initiator: NodeId, exchange: int) -> None:
+        self.forget(initiator)
+        last = max(exchange, self._over.pop(initiator, exchange))
+        self._over[initiator] = last
+        if len(self._over) > OVER_LIMIT:
+            del self._over[next(iter(self._over))]
 
     def _record(self, initiator: NodeId, exchange: int) -> _Record[Reply]:
         record = self._records.get(initiator)
         if record is None or record.exchange != exchange:
             raise RemoteProtocolError("a fragment of an exchange that was not opened")
         return record
-
-    def _forget_one(self) -> None:
-        """Makes room: a finished exchange, else the one that was left alone for longest."""
-        done = (node for node, record in self._records.items() if record.finished)
-        self.forget(next(done, next(iter(self._records))))

@@ -23,8 +23,8 @@ FRAGMENT_ENTRIES = 262_144
 cost nothing beside it, small enough that the loop never stalls for more than about 3 ms."""
 
 WINDOW = 8
-"""Fragments of one exchange that may be in doubt at once: 8 MiB keep a 1 Gbit/s link of 60 ms full,
-and bound what a crash can take with it and what a responder keeps for a lost connection."""
+"""Fragments of one exchange that may be in doubt at once: 8 MiB bound what a crash can take with it and what
+a responder keeps for a lost connection. An initiator of this version uses half (exchange.AHEAD)."""
 
 
 def short(node: NodeId) -> str:

@@ -161,7 +161,7 @@ class Schedule:
         self._deadline = now
         if event.clip or not event.pull:
             completed = event.outcome is Outcome.COMPLETED
-            self._plan.ended(completed=completed, ahead=event.ahead)
+            self._plan.ended(completed=completed, ahead=event.ahead, turn=event.turn)
         if event.ahead is not None:
             self._deadline = now + NOT_YET_S * 2**self._not_yet
             self._not_yet = min(self._not_yet + 1, NOT_YET_LIMIT)

@@ -108,8 +108,9 @@ class Plan(Protocol):
         """The next exchange, with one of those seen (at least one is in `peers`; others had a
         setback); None where it is others' turn to ask."""
 
-    def ended(self, *, completed: bool, ahead: int | None) -> None:
-        """The exchange that was chosen is over; `ahead`: the peer's place in the rounds."""
+    def ended(self, *, completed: bool, ahead: int | None, turn: Turn | None = None) -> None:
+        """An exchange that was chosen, now or before it broke off, is over. `ahead`: the peer's place in
+        the rounds."""
 
 
 class RandomPairs:
@@ -128,7 +129,7 @@ class RandomPairs:
     def choose(self, peers: Sequence[NodeId], *, rest: bool, now: float) -> Start | None:
         return Start(peer=self._rng.choice(peers), pull=False, rest=rest, part=self._part)
 
-    def ended(self, *, completed: bool, ahead: int | None) -> None:
+    def ended(self, *, completed: bool, ahead: int | None, turn: Turn | None = None) -> None:
         if completed and self._part is not None:
             self._part += 1
 
@@ -157,7 +158,7 @@ class ClippedPulls:
             self._rest = rest
         return Start(peer=self._left.pop(), pull=True, rest=self._rest, clip=True)
 
-    def ended(self, *, completed: bool, ahead: int | None) -> None:
+    def ended(self, *, completed: bool, ahead: int | None, turn: Turn | None = None) -> None:
         pass
 
 
@@ -181,7 +182,6 @@ class ExactRounds:
         self._rounds: tuple[dict[int, tuple[int, float]], ...] = ()
         self._me_at = 0
         self._begun = False
-        self._asked: Turn | None = None
         self._waits_at: Turn | None = None
         self._since = 0.0
         """when it began to wait there for its partner's request"""
@@ -215,21 +215,20 @@ class ExactRounds:
             return None
         if peer < self._me:
             return self._look_for(peer, turn, rest, now)
-        self._asked = turn
         return Start(peer=peer, pull=False, rest=rest, turn=turn)
 
     def _look_for(self, peer: NodeId, turn: Turn, rest: bool, now: float) -> Start | None:
         """A request that no place fits: its refusal says where the partner is."""
         if self._waits_at == turn and now >= self._since + PATIENCE_S:
-            self._waits_at = self._asked = None
+            self._waits_at = None
             return Start(peer=peer, pull=False, rest=rest, turn=replace(turn, step=turn.step / 2))
         if self._waits_at != turn:
             self._waits_at, self._since = turn, now
         return None
 
-    def ended(self, *, completed: bool, ahead: int | None) -> None:
-        if completed and self._asked is not None:
-            self.answered(self._asked)
+    def ended(self, *, completed: bool, ahead: int | None, turn: Turn | None = None) -> None:
+        if completed and turn is not None:
+            self.answered(turn)
         elif ahead is not None and ahead > self.position:
             self._jump(ahead)
 

@@ -45,7 +45,7 @@ class Stream(Protocol):
     ) -> None:
         """Sends `head`, then `data`, as cheaply as one call can; returns when they are on their way:
         `data` may be reused then. Raises PeerTimeout if the other end takes nothing for timeout_s.
-        Lets other tasks run only where it has to wait."""
+        Lets other tasks run only where it has to wait, or has been at it for long."""
 
     async def receive_into(
         self, view: memoryview, timeout_s: float = math.inf, *, worth: int = 1
