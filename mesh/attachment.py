@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mesh.checkpoint import CheckpointInfo, kept_of
-from mesh.client import LocalSocket, ask, node_of_state
+from mesh.client import LocalSocket, RunningNode, ask, node_of_state
 from mesh.errors import MeshError, NodeNotRunning
 from mesh.launch import NodeProcess, make_mesh_if_none, start_node
 from mesh.session import LOCAL_S, Session, StepClock
@@ -189,13 +189,25 @@ class Attachment:
         """A step of the training is over. A laboratory counts it, and lets virtual time pass."""
 
     def _begin(self) -> None:
-        try:
-            running = node_of_state(self._settings.state)
-        except NodeNotRunning:
-            make_mesh_if_none(self._settings)
-            self._process = start_node(self._settings)
-            running = self._process.running
-        self._attach(LocalSocket(running.control, LOCAL_S), BEGIN_S)
+        leaving: int | None = None
+        while True:
+            running = self._running_or_started(leaving)
+            try:
+                self._attach(LocalSocket(running.control, LOCAL_S), BEGIN_S)
+                return
+            except NodeNotRunning:
+                # A node that ends with its last training has turned this one away. Ours has no reason to.
+                if running.pid == leaving or (self._process and self._process.is_own):
+                    raise
+                self._process, leaving = None, running.pid
+
+    def _running_or_started(self, leaving: int | None) -> RunningNode:
+        """A node that is up, but for the process `leaving`; else one that is started for this training."""
+        with contextlib.suppress(NodeNotRunning):
+            return node_of_state(self._settings.state, leaving)
+        make_mesh_if_none(self._settings)
+        self._process = start_node(self._settings, leaving)
+        return self._process.running
 
     def _attach(self, link: LocalSocket, begin_s: float) -> None:
         session, how = Session.attach(

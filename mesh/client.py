@@ -222,9 +222,12 @@ def _kind(code: object) -> type[MeshError]:
     return next((kind for kind in kinds if kind.code == code), MeshError)
 
 
-def node_of_state(state: Path) -> RunningNode:
-    """The node that runs with this state directory. Raises NodeNotRunning."""
+def node_of_state(state: Path, leaving: int | None = None) -> RunningNode:
+    """The node that runs with this state directory, but for the process `leaving`, which is about to
+    end. Raises NodeNotRunning."""
     found = _about(state)
+    if found.pid == leaving:
+        raise NodeNotRunning(f"the node that runs with {state} is about to end")
     try:
         LocalSocket(found.control).close()
     except NodeNotRunning:

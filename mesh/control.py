@@ -7,15 +7,13 @@ A post's trip: line -> _serve_training -> Run.post() merges -> Node.posted() -> 
 """
 
 import contextlib
-import json
 import math
 import os
 import socket
-import struct
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 
@@ -29,13 +27,10 @@ from mesh.core.schema import ENTRIES_LIMIT
 from mesh.core.strategies import KEPT_VECTORS, PAIR, check_strategy
 from mesh.dtypes import DTYPES
 from mesh.errors import MeshError, UsageError
+from mesh.lines import Lines, SocketLines, is_own_user
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
 from mesh.shared import HandOverMemory
-from mesh.turn import Turn
-
-LINE_LIMIT_BYTES: Final = 16 * 1024 * 1024
-"""The schema of 65,536 tensors is about 8 MB."""
 
 EVENTS_LIMIT: Final = 1024
 CONNECTIONS_LIMIT: Final = 64
@@ -45,12 +40,13 @@ MODEL_LIMIT_ENTRIES: Final = 2**33
 LOSS_LIMIT: Final = 1e300
 
 
-class Lines(Protocol):
-    """A training's connection as the node has it; in a laboratory there is no socket under it."""
+@dataclass(slots=True)
+class _Training:
+    """One that is attached."""
 
-    async def receive(self) -> Request | None: ...
-
-    async def send(self, answer: dict[str, Any], descriptor: int | None = None) -> None: ...
+    lines: Lines
+    scope: trio.CancelScope
+    ended: trio.Event = field(default_factory=trio.Event)
 
 
 class Control:
@@ -61,8 +57,11 @@ class Control:
         self._asked = answers
         self._exits = answers.exits
         self._connections = 0
+        self._trainings: dict[str, _Training] = {}
         self.linger_until = 0.0
         """on trio's clock: till when the node outlives the program that started it"""
+        self.leaving = False
+        """no training is attached any more"""
         self._answers: dict[str, Callable[[Request], dict[str, Any]]] = {
             "exited": self._exited,
             "linger": self._linger,
@@ -70,7 +69,11 @@ class Control:
         """what only programs of this machine say; all else is answers.py's"""
 
     async def serve(self, listener: socket.socket) -> None:
-        """Accepts connections until cancelled."""
+        """Accepts connections until cancelled, and closes the listener."""
+        with listener:
+            await self._accept(listener)
+
+    async def _accept(self, listener: socket.socket) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.lowlevel.wait_readable(listener)
@@ -81,7 +84,7 @@ class Control:
                 except OSError:
                     await trio.sleep(0.1)  # out of descriptors: those in use will end
                     continue
-                if self._connections >= CONNECTIONS_LIMIT or not _is_own_user(connection):
+                if self._connections >= CONNECTIONS_LIMIT or not is_own_user(connection):
                     connection.close()
                     continue
                 connection.setblocking(False)
@@ -89,11 +92,12 @@ class Control:
 
     async def _serve_one(self, connection: socket.socket) -> None:
         self._connections += 1
-        lines = _Lines(connection)
+        lines = SocketLines(connection)
         try:
             while (request := await lines.receive()) is not None:
                 if request.get("op") == "attach":
-                    await self.attach(lines, request)
+                    if not self.leaving:
+                        await self.attach(lines, request)
                     return
                 if request.get("op") == "pull":
                     await self._pull(lines, request)
@@ -106,7 +110,7 @@ class Control:
             trio.lowlevel.notify_closing(connection)
             connection.close()
 
-    async def _answer(self, lines: "_Lines", request: Request) -> dict[str, Any] | str:
+    async def _answer(self, lines: SocketLines, request: Request) -> dict[str, Any] | str:
         async def tell(progress: dict[str, Any]) -> None:
             if request.get("progress") is True:
                 await lines.send({"progress": progress})
@@ -140,7 +144,7 @@ class Control:
         at_s = self._node.statistics().uptime_s
         self._exits.append(report.Exit(run=run, script=script, pid=pid, code=code, at_s=at_s))
 
-    async def _pull(self, lines: "_Lines", request: Request) -> None:
+    async def _pull(self, lines: SocketLines, request: Request) -> None:
         """`mesh pull`: until the model is there, or whoever asked goes away."""
         async with trio.open_nursery() as nursery:
 
@@ -168,6 +172,7 @@ class Control:
         """Serves one training, which asked for it, until its connection ends."""
         try:
             spec = _spec(request)
+            await self._make_way(spec.run)
             self._node.check_run(spec)
             entries = sum(math.prod(entry.shape) for entry in spec.entries)
             vectors = len(KEPT_VECTORS.get(spec.strategy, ())) if spec.keeps else 0
@@ -178,6 +183,7 @@ class Control:
             return
         put, take = trio.open_memory_channel[dict[str, Any]](EVENTS_LIMIT)
         run: Run | None = None
+        training: _Training | None = None
         polite = False
 
         def tell(event: dict[str, Any]) -> None:
@@ -202,6 +208,7 @@ class Control:
                 await lines.send({"event": "refused", "reason": str(error)})
                 return
             async with trio.open_nursery() as nursery:
+                self._trainings[spec.run] = training = _Training(lines, nursery.cancel_scope)
                 nursery.start_soon(self._tell_training, lines, take)
                 polite = await self._serve_training(lines, run)
                 nursery.cancel_scope.cancel()
@@ -209,12 +216,22 @@ class Control:
             with trio.CancelScope(shield=True):
                 if run is not None:
                     await self._node.detach(run)
+                if training is not None:
+                    del self._trainings[spec.run]
+                    training.ended.set()
             memory.close()
             if run is not None and not polite:
                 self._note_exit(spec.run, spec.script, spec.pid, None)
                 text = f"the training of {spec.run} (pid {spec.pid}) ended without a word"
                 self._node.journal.record("lost", text, run=spec.run)
         await lines.send({"event": "detached"})
+
+    async def _make_way(self, run: str) -> None:
+        """A training that was killed keeps its name no longer, whoever still holds its connection."""
+        training = self._trainings.get(run)
+        if training is not None and training.lines.gone():
+            training.scope.cancel()
+            await training.ended.wait()
 
     async def _tell_training(
         self, lines: Lines, take: trio.MemoryReceiveChannel[dict[str, Any]]
@@ -259,56 +276,6 @@ class Control:
         await self._node.posted(run, waits=request.get("waits") is True)
 
 
-class _Lines:
-    """JSON objects, one a line, over a local connection, which is tried first and waited for only where
-    it has to be: trio's own sockets give the loop a turn for each word."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._buffer = bytearray()
-        self._sending = Turn()
-
-    async def receive(self) -> Request | None:
-        """The next object; None at the end, or after anything that is not one."""
-        searched, waited = 0, False
-        while (end := self._buffer.find(b"\n", searched)) < 0:
-            searched = len(self._buffer)
-            try:
-                data = self._connection.recv(65536)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._connection)
-                waited = True
-                continue
-            if not data or searched > LINE_LIMIT_BYTES:
-                return None
-            self._buffer += data
-        if not waited:  # whoever talks without a pause lets others have their turn
-            await trio.lowlevel.checkpoint()
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        return request if isinstance(request, dict) else None
-
-    async def send(self, answer: dict[str, Any] | str, descriptor: int | None = None) -> None:
-        """An object, or one that is written already."""
-        text = answer if isinstance(answer, str) else json.dumps(answer, allow_nan=False)
-        data = memoryview(text.encode() + b"\n")
-        async with self._sending:
-            while data:
-                try:
-                    if descriptor is None:
-                        sent = self._connection.send(data)
-                    else:
-                        sent = socket.send_fds(self._connection, [data], [descriptor])
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._connection)
-                    continue
-                data, descriptor = data[sent:], None
-
-
 def listen(path: Path) -> socket.socket:
     """A listening local socket that only this user can open; a dead process's is replaced."""
     path.unlink(missing_ok=True)
@@ -321,15 +288,6 @@ def listen(path: Path) -> socket.socket:
     listener.listen(CONNECTIONS_LIMIT)
     listener.setblocking(False)
     return listener
-
-
-def _is_own_user(connection: socket.socket) -> bool:
-    if sys.platform != "linux":
-        return True  # the directory's 0700 is what protects it there
-    size = struct.calcsize("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    _, user, _ = struct.unpack("3i", credentials)
-    return user in (os.getuid(), 0)
 
 
 def _whole(request: Request, key: str, low: int = 0) -> int:

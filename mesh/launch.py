@@ -30,6 +30,11 @@ class NodeProcess:
         self._process = process
         self.running = running
 
+    @property
+    def is_own(self) -> bool:
+        """Whether `running` is the process that was started, and not another program's."""
+        return self._process.pid == self.running.pid
+
     def release(self) -> None:
         """Lets the node go: it ends by itself, after whatever it was told to linger."""
         if self._process.stdin is not None:
@@ -76,8 +81,12 @@ def make_mesh_if_none(settings: NodeSettings) -> None:
     print(f"mesh: new mesh; on the other machines run:\n  mesh join {token}", file=sys.stderr)
 
 
-def start_node(settings: NodeSettings) -> NodeProcess:
-    """Starts a node and waits until it answers. Raises MeshError with what it said if it cannot."""
+def start_node(settings: NodeSettings, leaving: int | None = None) -> NodeProcess:
+    """Starts a node and waits until it answers. Raises MeshError with what it said if it cannot.
+
+    Another program may start one in the same moment: theirs serves as well, but not the process
+    `leaving`, for whose end the new one waits.
+    """
     log = settings.state / "node.log"
     try:
         keep = os.O_APPEND if log.exists() and log.stat().st_size < LOG_LIMIT_BYTES else os.O_TRUNC
@@ -97,13 +106,13 @@ def start_node(settings: NodeSettings) -> NodeProcess:
     try:
         while time.monotonic() < deadline:
             with contextlib.suppress(NodeNotRunning):
-                running = node_of_state(settings.state)
-                if running.pid == process.pid:
-                    return NodeProcess(process, running)
+                started = NodeProcess(process, node_of_state(settings.state, leaving))
+                if not started.is_own:
+                    process.kill()  # it waits for the end of theirs
+                    process.wait()
+                    started.release()
+                return started
             if process.poll() is not None:
-                with contextlib.suppress(NodeNotRunning):
-                    # Another program started one in the same moment: theirs serves as well.
-                    return NodeProcess(process, node_of_state(settings.state))
                 said = log.read_bytes()[began:].decode(errors="replace").strip()[-LOG_TAIL:]
                 raise MeshError(f"the node did not start: {said.removeprefix('error: ')}")
             time.sleep(0.01)

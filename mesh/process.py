@@ -27,7 +27,7 @@ from mesh.net.tcp import TcpTransport
 from mesh.node import Node
 from mesh.places import host_directory
 from mesh.settings import NodeSettings
-from mesh.storage import StateDirectory, private_directory
+from mesh.storage import CLEANING_S, StateDirectory, private_directory
 from mesh.usage import CpuMeter
 
 SOCKET_PATH_LIMIT: Final = 100
@@ -52,7 +52,8 @@ def run_node(
     Raises MeshError: not a member, state directory in use, port taken, ...
     """
     storage = StateDirectory(settings.state)
-    storage.lock()
+    # A training that finds a node about to end starts the next one.
+    storage.lock(2 * LEAVE_S if lifeline else CLEANING_S)
     try:
         identity = load(settings.state)
         if settings.name is not None and settings.name != identity.name:
@@ -127,6 +128,7 @@ async def _main(
             nursery.start_soon(serve_metrics)
             say(_greeting(node, identity))
             await stop.wait()
+            control.leaving = True
             with trio.move_on_after(LEAVE_S):
                 await node.leave()
             nursery.cancel_scope.cancel()

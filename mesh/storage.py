@@ -28,6 +28,9 @@ from mesh.memory import Memory
 from mesh.places import host_directory
 
 CLEANING_S: Final = 0.1
+"""A `mesh status` may be taking away what a kill left."""
+
+POLL_S: Final = 0.02
 
 OWN_FILES = {"node.pem", "mesh.json", "lock", "incarnation"}
 """By these a state directory of ours is known."""
@@ -77,19 +80,23 @@ class StateDirectory:
         self._lock: TextIO | None = None
         self._entry: Path | None = None
 
-    def lock(self) -> None:
-        """Claims the directory for this process until unlock(). Raises UsageError if it is taken."""
+    def lock(self, patience_s: float = CLEANING_S) -> None:
+        """Claims the directory for this process until unlock(). Raises UsageError if it stays taken."""
+        deadline = time.monotonic() + patience_s
         try:
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise MeshError(f"cannot write {self.path}: {error.strerror}") from None
         self._lock = open(descriptor, "w")  # noqa: SIM115 (held until unlock)
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(CLEANING_S)  # a `mesh status` may be taking away what a kill left
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(POLL_S)
         except OSError:
             self._lock.close()
             self._lock = None

@@ -22,7 +22,7 @@ Wait = Callable[[Callable[[], Awaitable[Any]]], Any]
 
 
 class VirtualLines:
-    """The node's end. See mesh.control.Lines."""
+    """The node's end. See mesh.lines.Lines."""
 
     def __init__(self) -> None:
         self.requests: deque[dict[str, Any]] = deque()
@@ -49,6 +49,9 @@ class VirtualLines:
             self.descriptors.append(os.dup(descriptor))
         self.events.append(answer)
         self._said.ring()
+
+    def gone(self) -> bool:
+        return False  # a program's end is its connection's
 
     async def said(self, timeout_s: float) -> None:
         """Waits until the node has said something, or for so long."""

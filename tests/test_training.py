@@ -389,6 +389,54 @@ with mesh.join(model, run="toy", every=1, sync_timeout=0.1, settings=settings) a
 """
 
 
+FORKS = SCRIPT.replace(
+    "    while True:",
+    """    worker = os.fork()
+    if not worker:
+        time.sleep(60)
+        os._exit(0)
+    print(worker, flush=True)
+    while True:""",
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which process connected")
+def test_a_training_that_was_killed_makes_way_for_its_restart_while_a_forked_worker_lives(places):
+    """A worker of a data loader holds what its parent held."""
+    held = mesh.start_node(places[0])
+    training = subprocess.Popen(
+        [sys.executable, "-c", FORKS, str(places[0].state)], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(training.stdout.readline())
+    try:
+        with pytest.raises(mesh.UsageError, match=f"being trained on this node.*{training.pid}"):
+            mesh.join(*make(1), run=RUN, settings=places[0])
+        training.kill()
+        os.waitid(os.P_PID, training.pid, os.WEXITED | os.WNOWAIT)  # its exit code is still there
+        with joined(places[0], 1) as (node, model, optimizer):
+            assert is_running(worker)
+            train(node, model, optimizer, 4)
+            assert node.statistics().attached
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        training.kill()
+        training.wait()
+        training.stdout.close()
+        held.stop()
+
+
+def test_a_training_that_finds_a_node_about_to_end_starts_the_next_one(places):
+    """Two short programs, one after the other: the node ends with the first."""
+    for _ in range(2):
+        ending = mesh.start_node(places[0])
+        os.kill(ending.running.pid, signal.SIGTERM)
+        with joined(places[0], 1) as (node, model, optimizer):
+            train(node, model, optimizer, 4)
+            assert node.statistics().attached
+            assert mesh.find_node(str(places[0].state)).pid != ending.running.pid
+        ending.stop()
+
+
 def test_a_node_whose_training_is_killed_drops_its_run_and_stays(places):
     held = mesh.start_node(places[0])
     try:
