@@ -8,7 +8,8 @@ returns numbers; those of bytes that no encode() writes may be NaN, and callers 
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -43,12 +44,30 @@ HALF_BFLOAT16: Final = 0x7FFF
 NAN_BFLOAT16: Final = 0x7FC0
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Entries that int8 codes together, and the scales of their blocks."""
+
+    where: slice
+    scales: slice
+    starts: "NDArray[np.intp] | None" = None
+    """of each block, and each one's `lengths`, where they are not all of BLOCK entries but for the last"""
+    lengths: "NDArray[np.intp] | None" = None
+
+
+Cut = tuple[Piece, ...]
+"""How int8 divides one vector: cut_at()."""
+
+
 class Codec(Protocol):
-    """One way of writing float32 entries. All buffers belong to the caller."""
+    """One way of writing float32 entries. All buffers belong to the caller.
+
+    `cut` is how the vector is divided, for who cares: both ends make the same of the model's schema.
+    """
 
     name: str
 
-    def encoded_bytes(self, entries: int) -> int:
+    def encoded_bytes(self, entries: int, cut: Cut | None = None) -> int:
         """Bytes that `entries` numbers take."""
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
@@ -58,10 +77,10 @@ class Codec(Protocol):
     def as_it_lies(self, values: Floats) -> memoryview | None:
         """The bytes of `values` (n,) where they travel just so, else None."""
 
-    def encode(self, values: Floats, out: memoryview) -> None:
-        """Writes `values` (n,) into `out`, exactly encoded_bytes(n) long."""
+    def encode(self, values: Floats, out: memoryview, cut: Cut | None = None) -> None:
+        """Writes `values` (n,) into `out`, exactly encoded_bytes(n, cut) long."""
 
-    def decode(self, body: memoryview, out: Floats) -> Floats:
+    def decode(self, body: memoryview, out: Floats, cut: Cut | None = None) -> Floats:
         """The numbers in `body`: a view of it where that costs nothing, else `out` (n,), filled."""
 
 
@@ -70,7 +89,7 @@ class Float32:
 
     name = EXACT
 
-    def encoded_bytes(self, entries: int) -> int:
+    def encoded_bytes(self, entries: int, cut: Cut | None = None) -> int:
         return 4 * entries
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
@@ -79,12 +98,12 @@ class Float32:
     def as_it_lies(self, values: Floats) -> memoryview | None:
         return values.data.cast("B") if sys.byteorder == "little" else None
 
-    def encode(self, values: Floats, out: memoryview) -> None:
+    def encode(self, values: Floats, out: memoryview, cut: Cut | None = None) -> None:
         target = np.frombuffer(out, dtype="<f4")
         if not np.may_share_memory(values, target):  # else they are in their room() already
             np.copyto(target, values)
 
-    def decode(self, body: memoryview, out: Floats) -> Floats:
+    def decode(self, body: memoryview, out: Floats, cut: Cut | None = None) -> Floats:
         return np.frombuffer(body, dtype="<f4")
 
 
@@ -97,7 +116,7 @@ class BFloat16:
     def _bits(self) -> "NDArray[np.uint32]":
         return np.empty(PIECE, dtype=np.uint32)
 
-    def encoded_bytes(self, entries: int) -> int:
+    def encoded_bytes(self, entries: int, cut: Cut | None = None) -> int:
         return 2 * entries
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
@@ -106,7 +125,7 @@ class BFloat16:
     def as_it_lies(self, values: Floats) -> memoryview | None:
         return None
 
-    def encode(self, values: Floats, out: memoryview) -> None:
+    def encode(self, values: Floats, out: memoryview, cut: Cut | None = None) -> None:
         target: NDArray[np.uint16] = np.frombuffer(out, dtype="<u2")
         for where in _pieces(len(values)):
             bits = values[where].view(np.uint32)
@@ -121,7 +140,7 @@ class BFloat16:
         if not finite:  # some NaN are so large that adding to them made a number
             target[np.isnan(values)] = NAN_BFLOAT16
 
-    def decode(self, body: memoryview, out: Floats) -> Floats:
+    def decode(self, body: memoryview, out: Floats, cut: Cut | None = None) -> Floats:
         source = np.frombuffer(body, dtype="<u2")
         for where in _pieces(len(out)):
             bits = out[where].view(np.uint32)
@@ -146,8 +165,8 @@ class Int8:
     def _scratch(self) -> Floats:
         return np.empty(PIECE, dtype=np.float32)
 
-    def encoded_bytes(self, entries: int) -> int:
-        return entries + 4 * -(-entries // BLOCK)
+    def encoded_bytes(self, entries: int, cut: Cut | None = None) -> int:
+        return entries + 4 * _blocks(entries, cut)
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
         return spare
@@ -155,30 +174,72 @@ class Int8:
     def as_it_lies(self, values: Floats) -> memoryview | None:
         return None
 
-    def encode(self, values: Floats, out: memoryview) -> None:
-        scales, steps = _parts(out, len(values))
+    def encode(self, values: Floats, out: memoryview, cut: Cut | None = None) -> None:
+        scales, steps = _parts(out, len(values), cut)
         with np.errstate(over="ignore", invalid="ignore"):
-            for where in _pieces(len(values)):
-                piece, its_scales = values[where], scales[_blocks(where)]
-                scaled = np.abs(piece, out=self._scratch[: len(piece)])
-                peaks = np.maximum.reduceat(scaled, _starts()[: len(its_scales)])
+            for piece in cut_at([len(values)]) if cut is None else cut:
+                given, its_scales = values[piece.where], scales[piece.scales]
+                scaled = np.abs(given, out=self._scratch[: len(given)])
+                starts = _starts()[: len(its_scales)] if piece.starts is None else piece.starts
+                peaks = np.maximum.reduceat(scaled, starts)
                 np.divide(np.maximum(peaks, SMALLEST), STEPS, out=its_scales)
-                _scale_blocks(piece, np.reciprocal(its_scales), out=scaled)
+                _scale_blocks(given, np.reciprocal(its_scales), piece, out=scaled)
                 begin = self._rng.randrange(PIECE)
-                scaled += _noise()[begin : begin + len(piece)]
+                scaled += _noise()[begin : begin + len(given)]
                 np.floor(scaled, out=scaled)
-                np.copyto(steps[where], scaled, casting="unsafe")
+                np.copyto(steps[piece.where], scaled, casting="unsafe")
 
-    def decode(self, body: memoryview, out: Floats) -> Floats:
-        scales, steps = _parts(body, len(out))
+    def decode(self, body: memoryview, out: Floats, cut: Cut | None = None) -> Floats:
+        scales, steps = _parts(body, len(out), cut)
         # A scale below zero would turn the weights round and look well.
         scales = scales.copy()
         scales[~(scales >= 0)] = np.nan
         with np.errstate(over="ignore", invalid="ignore"):
-            for where in _pieces(len(out)):
-                np.copyto(out[where], steps[where])
-                _scale_blocks(out[where], scales[_blocks(where)], out=out[where])
+            for piece in cut_at([len(out)]) if cut is None else cut:
+                numbers = out[piece.where]
+                np.copyto(numbers, steps[piece.where])
+                _scale_blocks(numbers, scales[piece.scales], piece, out=numbers)
         return out
+
+
+def cut_at(lengths: Iterable[int]) -> Cut:
+    """How a vector is divided that holds tensors, or parts of them, of these `lengths`, one after the other.
+
+    No block holds numbers of two tensors: a variance of thousands would leave nothing of the weights beside
+    it. Where that took more room than float32, of thousands of tensors of one entry, borders do not count.
+    """
+    lengths = [length for length in lengths if length]
+    entries = sum(lengths)
+    if 4 * sum(-(-length // BLOCK) for length in lengths) > 3 * entries:
+        lengths = [entries]
+    pieces: list[Piece] = []
+    at = scale = 0
+    short: list[int] = []
+
+    def flush() -> None:
+        """Tensors of one block each are coded together: a call for each would take longer."""
+        nonlocal at, scale
+        if short:
+            counts = np.array(short)
+            where, scales = slice(at, at + sum(short)), slice(scale, scale + len(short))
+            pieces.append(Piece(where, scales, np.cumsum(counts) - counts, counts))
+            at, scale = where.stop, scales.stop
+            short.clear()
+
+    for length in lengths:
+        if length <= BLOCK:
+            if sum(short) + length > PIECE:
+                flush()
+            short.append(length)
+            continue
+        flush()
+        for part in _pieces(length):
+            where = slice(at, at + part.stop - part.start)
+            scales = slice(scale, scale - (part.start - part.stop) // BLOCK)
+            pieces.append(Piece(where, scales))
+            at, scale = where.stop, scales.stop
+    flush()
+    return tuple(pieces)
 
 
 def check_codec(name: object) -> str:
@@ -199,19 +260,23 @@ def _pieces(entries: int) -> Iterator[slice]:
         yield slice(start, min(start + PIECE, entries))
 
 
-def _blocks(piece: slice) -> slice:
-    """The blocks of a piece."""
-    return slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
+def _blocks(entries: int, cut: Cut | None) -> int:
+    if cut is None:
+        return -(-entries // BLOCK)
+    return cut[-1].scales.stop if cut else 0
 
 
-def _parts(body: memoryview, entries: int) -> "tuple[Floats, NDArray[np.int8]]":
+def _parts(body: memoryview, entries: int, cut: Cut | None) -> "tuple[Floats, NDArray[np.int8]]":
     """(scales, steps) of an int8 body: views."""
-    end = 4 * -(-entries // BLOCK)
+    end = 4 * _blocks(entries, cut)
     return np.frombuffer(body[:end], dtype="<f4"), np.frombuffer(body[end:], dtype=np.int8)
 
 
-def _scale_blocks(values: Floats, scales: Floats, *, out: Floats) -> None:
+def _scale_blocks(values: Floats, scales: Floats, piece: Piece, *, out: Floats) -> None:
     """out = values (n,) times the scale of each one's block; the last block may be short."""
+    if piece.lengths is not None:
+        np.multiply(values, np.repeat(scales, piece.lengths), out=out)
+        return
     whole = len(values) - len(values) % BLOCK
     blocks = values[:whole].reshape(-1, BLOCK)
     np.multiply(blocks, scales[: len(blocks), None], out=out[:whole].reshape(-1, BLOCK))

@@ -120,7 +120,7 @@ class WatchedReplica(Replica):
         """The numbers in `body`, for the ledger to compare."""
         where = self.slice_of(index)
         out: Floats = np.empty(where.stop - where.start, dtype=np.float32)
-        return codec.decode(body, out).tobytes()
+        return codec.decode(body, out, self._cut(index)).tobytes()
 
 
 class WatchedResponses(Responses[KeptReply]):

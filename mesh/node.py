@@ -232,7 +232,7 @@ class Node:
 
     def _make_replica(self, spec: RunSpec, entries: int) -> Replica:
         """Where the simulator puts one that watches itself."""
-        return Replica(entries, fragment_entries(spec.strategy, entries))
+        return Replica(entries, fragment_entries(spec.strategy, entries), spec.sizes)
 
     async def posted(self, run: Run, *, waits: bool) -> None:
         """Tells the schedule that a training handed over (Run.post() has merged it)."""

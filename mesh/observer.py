@@ -80,7 +80,10 @@ class Mean(Replica):
 
     def take(self, index: int, body: memoryview, into: Floats, codec: Codec) -> None:
         """The next fragment of the replica that is being pulled. Raises NotFinite."""
-        self.fold(index, codec.decode(body, self._decoded[: len(into[self.slice_of(index)])]))
+        self.fold(
+            index,
+            codec.decode(body, self._decoded[: len(into[self.slice_of(index)])], self._cut(index)),
+        )
 
     def fold(self, index: int, given: Floats) -> None:
         """mean += (given - mean) / (how many came with it), for one fragment. Raises NotFinite."""

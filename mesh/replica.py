@@ -11,10 +11,10 @@ for most models.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mesh.arrays import Floats, np
-from mesh.codec import Codec
+from mesh.codec import Codec, Cut, cut_at
 from mesh.core.messages import FRAGMENT_ENTRIES
 from mesh.errors import NotFinite
 
@@ -35,8 +35,14 @@ def square_norm(values: Floats) -> float:
 class Replica:
     """The flat gossip buffer `w`: float32 (entries,), and what an exchange does to its fragments."""
 
-    def __init__(self, entries: int, fragment_entries: int | None = None) -> None:
-        """`fragment_entries`: another length of fragments than the wire's; the simulator's are short."""
+    def __init__(
+        self,
+        entries: int,
+        fragment_entries: int | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """`fragment_entries`: another length of fragments than the wire's; the simulator's are short.
+        `sizes`: entries of each tensor, in order, where there is more than one."""
         self._fragment_entries = fragment_entries or FRAGMENT_ENTRIES
         self.weights: Floats = np.zeros(entries, dtype=np.float32)
         self.fragments = -(-entries // self._fragment_entries)
@@ -45,16 +51,30 @@ class Replica:
         largest = min(entries, self._fragment_entries)
         self._difference: Floats = np.empty(largest, dtype=np.float32)
         self._decoded: Floats = np.empty(largest, dtype=np.float32)
+        self._ends = np.cumsum([entries] if sizes is None else sizes)
+        self._cuts: dict[int, Cut] = {}
+        """by fragment"""
 
     def slice_of(self, index: int) -> slice:
         """Where fragment `index` lies in the buffer."""
         start = index * self._fragment_entries
         return slice(start, min(start + self._fragment_entries, len(self.weights)))
 
+    def _cut(self, index: int) -> Cut:
+        """Of the tensors whose numbers fragment `index` holds."""
+        found = self._cuts.get(index)
+        if found is None:
+            where = self.slice_of(index)
+            first, last = np.searchsorted(self._ends, (where.start, where.stop - 1), side="right")
+            ends = np.minimum(self._ends[first : last + 1], where.stop)
+            found = cut_at(np.diff(ends, prepend=where.start).tolist())
+            self._cuts[index] = found
+        return found
+
     def body_bytes(self, index: int, codec: Codec) -> int:
         """Length of fragment `index` on the wire."""
         where = self.slice_of(index)
-        return codec.encoded_bytes(where.stop - where.start)
+        return codec.encoded_bytes(where.stop - where.start, self._cut(index))
 
     def as_it_lies(self, index: int, codec: Codec) -> memoryview | None:
         """Fragment `index` as `codec` would write it, where that is what lies in `w`: a view, so for who
@@ -64,7 +84,7 @@ class Replica:
     def write(self, index: int, out: memoryview, codec: Codec) -> None:
         """Encodes fragment `index` into `out`, body_bytes(index, codec) long: a copy, because `w` may
         move while it is being sent."""
-        codec.encode(self.weights[self.slice_of(index)], out)
+        codec.encode(self.weights[self.slice_of(index)], out, self._cut(index))
 
     def answer(
         self,
@@ -83,7 +103,8 @@ class Replica:
         w = self.weights[self.slice_of(index)]
         decoded = self._decoded[: len(w)]
         difference = codec.room(reply, self._difference[: len(w)])
-        x = codec.decode(body, decoded)
+        cut = self._cut(index)
+        x = codec.decode(body, decoded, cut)
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(x, w, out=difference)
         distance = square_norm(difference)
@@ -92,8 +113,8 @@ class Replica:
         if distance > room:
             difference *= np.float32(math.sqrt(room / distance))
             distance = room
-        codec.encode(difference, reply)
-        self._move(w, codec.decode(reply, decoded), share, spare=x)
+        codec.encode(difference, reply, cut)
+        self._move(w, codec.decode(reply, decoded, cut), share, spare=x)
         return distance
 
     def apply(
@@ -110,7 +131,7 @@ class Replica:
         delta, is used up.
         """
         w = self.weights[self.slice_of(index)]
-        delta = codec.decode(body, self._decoded[: len(w)])
+        delta = codec.decode(body, self._decoded[: len(w)], self._cut(index))
         distance = square_norm(delta)
         if not math.isfinite(distance):
             raise NotFinite(f"delta {index} is not finite, or longer than 1e19")
@@ -125,7 +146,7 @@ class Replica:
         `into` is a buffer like `weights`, whatever it holds; fill() uses it once it is whole.
         """
         where = self.slice_of(index)
-        given = codec.decode(body, self._decoded[: where.stop - where.start])
+        given = codec.decode(body, self._decoded[: where.stop - where.start], self._cut(index))
         if not math.isfinite(square_norm(given)):
             raise NotFinite(f"the donor's fragment {index} is not finite")
         np.copyto(into[where], given)
@@ -154,7 +175,11 @@ class Replica:
             posted[where][lost] = offered[where][lost]
             length, first = square_norm(step), where.start + int(lost.argmax())
         self._steps[index] = length
-        np.add(w, step, out=w)
+        if _same(w, offered[where]):
+            # Nobody has moved it since: a training alone is what it would be without a mesh, to the bit.
+            np.copyto(w, posted[where])
+        else:
+            np.add(w, step, out=w)
         return first
 
     def square_progress(self) -> float:
@@ -202,6 +227,12 @@ class Replica:
         """w += factor * delta. `spare` is in the caches already: a third vector would push others out."""
         out = spare if spare.flags.writeable else None
         np.add(w, np.multiply(delta, np.float32(factor), out=out), out=w)
+
+
+def _same(one: Floats, other: Floats) -> bool:
+    """Bit by bit. What an exchange has moved is most often known by its first entries."""
+    ours, theirs = one.view(np.uint32), other.view(np.uint32)
+    return np.array_equal(ours[:64], theirs[:64]) and np.array_equal(ours, theirs)
 
 
 class HandOver:

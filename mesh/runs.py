@@ -6,6 +6,7 @@ loop its turn between two fragments, and of these only one is under way at a tim
 training would be handed half of one model and half of another. Exchanges go on meanwhile.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -77,6 +78,11 @@ class RunSpec:
     @property
     def schema(self) -> str:
         return digest(self.entries)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each tensor, as they follow each other in a flat buffer."""
+        return [math.prod(entry.shape) for entry in self.entries]
 
 
 @dataclass(frozen=True, slots=True)

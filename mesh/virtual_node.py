@@ -42,7 +42,7 @@ class FlippedReplica(Replica):
     ) -> float:
         w = self.weights[self.slice_of(index)]
         before = w.copy()
-        step = codec.decode(body, np.empty_like(w)) - before
+        step = codec.decode(body, np.empty_like(w), self._cut(index)) - before
         np.negative(w, out=w)
         distance = super().answer(index, body, share, reply, codec, room)
         length = square_norm(step)
@@ -92,4 +92,4 @@ class LaboratoryNode(Node):
     def _make_replica(self, spec: RunSpec, entries: int) -> Replica:
         if not self.lies:
             return super()._make_replica(spec, entries)
-        return FlippedReplica(entries, fragment_entries(spec.strategy, entries))
+        return FlippedReplica(entries, fragment_entries(spec.strategy, entries), spec.sizes)

@@ -194,7 +194,7 @@ def large_mesh(nodes, *, dead=(), idle=(), names=None):
                 "id": "k7f3q2mzk7f3q2mz",
                 "name": "studio",
                 "version": "0.1.0",
-                "protocol": 5,
+                "protocol": 6,
                 "uptime_s": 8040.0,
             },
             "mesh": {"id": "lab42xyz"},

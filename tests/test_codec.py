@@ -9,8 +9,9 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mesh
 from mesh import replica
-from mesh.codec import BLOCK, NAMES, PIECE, check_codec, make_codecs
+from mesh.codec import BLOCK, NAMES, PIECE, check_codec, cut_at, make_codecs
 from mesh.errors import NotFinite, UsageError
 from mesh.player import Player
 from mesh.replica import Replica, square_norm
@@ -103,6 +104,70 @@ def test_int8_is_at_most_one_step_off_whatever_the_numbers(numbers):
     values = np.float32(numbers)
     error = np.abs(passed(codec_of("int8"), values).astype(np.float64) - values)
     assert (error <= steps_of_int8(values.astype(np.float64)) * (1 + 1e-5)).all()
+
+
+SIZES = st.lists(st.one_of(st.integers(0, 3), st.integers(1, 1000)), min_size=1, max_size=20)
+
+
+@given(SIZES, st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_no_block_of_int8_holds_numbers_of_two_tensors(sizes, seed):
+    """One tensor's are up to 1e6 times those of its neighbours."""
+    rng = np.random.default_rng(seed)
+    parts = [
+        np.float32(10.0 ** rng.integers(-3, 4)) * normal(size, seed + k)
+        for k, size in enumerate(sizes)
+    ]
+    if not sum(sizes):
+        return
+    values, codec, cut = np.concatenate(parts), codec_of("int8"), cut_at(sizes)
+    room = codec.encoded_bytes(len(values), cut)
+    body = memoryview(bytearray(room))
+    codec.encode(values, body, cut)
+    error = np.abs(codec.decode(body, np.empty_like(values), cut) - values)
+    blocks = sum(-(-size // BLOCK) for size in sizes)
+    if 4 * blocks <= 3 * len(values):
+        steps = np.concatenate([steps_of_int8(part) for part in parts if len(part)])
+        assert room == len(values) + 4 * blocks
+        assert (error <= steps * (1 + 1e-5)).all()
+    assert room <= 4 * len(values) + 4, "never longer than float32"
+
+
+def test_a_fragment_is_cut_where_its_tensors_are():
+    """In a replica of short fragments tensors begin and end anywhere in them."""
+    sizes = [700, 0, 3, 3, 1, 2500, 300, 20, 1493]
+    entries, codec = sum(sizes), codec_of("int8")
+    a, b = (Replica(entries, 1000, sizes) for _ in range(2))
+    scale = np.repeat(np.float32([1, 1, 1e4, 1, 1e-3, 1, 1e3, 1e-2, 1]), sizes)
+    values = scale * normal(entries)
+    for index in range(a.fragments):
+        a.fill(index, values)
+        room = a.body_bytes(index, codec)
+        assert room == b.body_bytes(index, codec)
+        sent, reply = memoryview(bytearray(room)), memoryview(bytearray(room))
+        a.write(index, sent, codec)
+        b.answer(index, sent, 1.0, reply, codec)
+    peaks = np.repeat(
+        [np.abs(v).max(initial=0) for v in np.split(values, np.cumsum(sizes)[:-1])], sizes
+    )
+    assert (np.abs(b.weights - values) <= 2 * peaks / 126).all()
+
+
+def test_the_weights_beside_a_mask_of_ten_thousands_survive_int8():
+    def build(rank):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(7, 3)
+        model.register_buffer("mask", torch.full((5,), -1e4))
+        return model, torch.optim.SGD(model.parameters(), lr=0.0), torch.nn.functional.mse_loss
+
+    def loader(rank):
+        while True:
+            yield torch.zeros(1, 7), torch.zeros(1, 3)
+
+    report = mesh.simulate(build, loader, nodes=3, every=2, steps=40, codec="int8")
+    before = build(0)[0].state_dict()
+    for name in ("weight", "bias"):
+        assert np.abs(report.weights[name] - before[name].numpy()).max() < 0.02
 
 
 def test_int8_is_right_on_average_and_zero_stays_zero():

@@ -111,7 +111,8 @@ def test_with_patience_every_boundary_ends_in_the_average_of_both(places):
         joined(a, 1, every=1, patience=5.0) as (first, x, _),
         joined(b, 2, every=1, patience=5.0) as (second, y, _),
     ):
-        second.wait_for_peers(1, timeout=5)
+        assert first.wait_for_peers(1, timeout=5)
+        assert second.wait_for_peers(1, timeout=5)
         with torch.no_grad():
             x.bias += 4.0
         first.step()
@@ -130,6 +131,28 @@ def test_the_averaged_block_gives_the_live_weights_back_exactly_even_after_an_er
         with pytest.raises(ZeroDivisionError), node.averaged():
             1 / 0  # noqa: B018
         assert torch.equal(weights(model), live)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_training_alone_is_what_it_would_be_without_a_mesh_to_the_bit(places, dtype):
+    def trained(node, model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        chance = torch.Generator().manual_seed(3)
+        for _ in range(60):
+            data = torch.randn(8, 3, generator=chance).to(dtype)
+            loss = (model(data) - data[:, :2].sin()).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if node is not None:
+                node.step()
+                time.sleep(0.001)  # so that offers come back
+        return weights(model)
+
+    with joined(places[0], 1, model=make(1, dtype)[0], every=2) as (node, model, _):
+        came = trained(node, model)
+        assert node.statistics().step == 60
+    assert torch.equal(came, trained(None, make(1, dtype)[0]))
 
 
 def test_ctrl_c_in_the_middle_of_a_hand_over_counts_nothing_twice(places, monkeypatch):

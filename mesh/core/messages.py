@@ -15,7 +15,7 @@ from mesh.core.for_people import Answer, BenchBlock, BenchEcho, Question, Report
 
 NodeId = address.NodeId
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of everything in this file. Nodes of different versions list each other as incompatible."""
 
 FRAGMENT_ENTRIES = 262_144
