@@ -6,6 +6,7 @@ its steps, averaged() -> the last Look, of what each would evaluate or save -> L
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -102,10 +103,18 @@ def _program(
     build: Build, loader: Loader, weight_of: Callable[[int], float], every: int
 ) -> Callable[[Laboratory, Machine], None]:
     """What each machine does."""
+    built: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def work(laboratory: Laboratory, machine: Machine) -> None:
         rank = machine.rank
         model, optimizer, loss_of = build(rank)
+        if optimizer is None:
+            raise UsageError(f"build({rank}) gave no optimizer")
+        if model in built:
+            raise UsageError(
+                f"build({rank}) gave another machine's model: make a new one each time"
+            )
+        built.add(model)
         batches = _endless(lambda: loader(rank), rank)
         conditions = laboratory.conditions
         with join(model, optimizer, run=RUN, every=every, weight=weight_of(rank)) as node:
@@ -114,11 +123,15 @@ def _program(
                 laboratory.gather(machine)
             while laboratory.goes_on(machine):
                 x, y = next(batches)
-                loss = loss_of(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                node.step(loss=loss.item(), samples=len(x))
+
+                def closure() -> float:
+                    """LBFGS asks more than once."""
+                    optimizer.zero_grad()
+                    loss = loss_of(model(x), y)  # noqa: B023 (asked within this step)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    return float(loss.item())
+
+                node.step(loss=optimizer.step(closure), samples=len(x))
             if conditions.meets:
                 laboratory.gather(machine)  # whoever left now would be missed by the slower ones
             with node.averaged():

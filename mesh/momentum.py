@@ -141,6 +141,7 @@ class QuasiGlobalSGD(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[parameter]
         if not state:
             dtype = torch.float32 if parameter.dtype in LOW_PRECISION else parameter.dtype
-            state["m"] = torch.zeros_like(parameter, dtype=dtype)
-            state["a"] = parameter.detach().to(dtype, copy=True)
+            with torch.inference_mode(False):  # it outlives a user's `with torch.inference_mode()`
+                state["m"] = torch.zeros_like(parameter, dtype=dtype)
+                state["a"] = parameter.detach().to(dtype, copy=True)
         return state

@@ -73,7 +73,7 @@ def floating(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 f"{name} has no numbers yet: it is on the meta device; join afterwards"
             )
         if tensor.is_complex():
-            raise UsageError(f"{name} is complex: only real numbers can be averaged")
+            raise UsageError(f"{name} is complex: only real numbers can be averaged; {NO_WEIGHT}")
         if not tensor.is_floating_point():
             continue
         if tensor.layout != torch.strided:

@@ -18,7 +18,7 @@ from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
 from mesh.dtypes import MOMENT
 from mesh.errors import UsageError
-from mesh.named_tensors import bare, floating, refuse_not_finite, refuse_overlaps
+from mesh.named_tensors import NO_WEIGHT, bare, floating, refuse_not_finite, refuse_overlaps
 from mesh.spectral import directions, set_lengths
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ WIDE = (torch.float32, torch.float64)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A tensor, and its part of a flat buffer."""
+
+NAME_LIMIT = 256
+"""Characters of a tensor's name: a page of 100 schema entries fits into one frame."""
 
 PIECE_ENTRIES = 1 << 17
 """Of one thread: three vectors of 512 KiB lie in its second cache, or nearly."""
@@ -55,7 +58,12 @@ class Tensors:
         for name, tensor in self._tensors.items():
             if tensor.dtype not in DTYPES:
                 raise UsageError(
-                    f"{name} is {tensor.dtype}: only {', '.join(DTYPES.values())} can be averaged"
+                    f"{name} is {tensor.dtype}: only {', '.join(DTYPES.values())} can be averaged; "
+                    f"{NO_WEIGHT}"
+                )
+            if len(name) > NAME_LIMIT:
+                raise UsageError(
+                    f"{name[:60]}... is a name of {len(name)} characters: {NAME_LIMIT} at most"
                 )
         again = floating(model)
         for name, tensor in self._tensors.items():
@@ -236,9 +244,10 @@ class Tensors:
         parts = self._kept_parts.get(id(buffer))
         if parts is None:
             shapes = self._shapes.values()
-            flat = torch.from_numpy(buffer[:])
-            split = torch.split(flat, [shape.numel() for shape in shapes])
-            parts = [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
+            with torch.inference_mode(False):  # they outlive a user's `with torch.inference_mode()`
+                flat = torch.from_numpy(buffer[:])
+                split = torch.split(flat, [shape.numel() for shape in shapes])
+                parts = [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
             if not buffer.flags.owndata:  # shared memory, which these parts hold, but not `buffer`
                 self._kept_parts[id(buffer)] = parts
                 weakref.finalize(buffer, self._kept_parts.pop, id(buffer)).atexit = False

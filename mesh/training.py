@@ -163,6 +163,9 @@ class JoinedNode:
         self._attachment = attachment
         self._keeper = keeper
         self._closed = False
+        self._pid = os.getpid()
+        self._shown = 0
+        """averaged() blocks that are open"""
         self._progress = Progress()
         if keeper.resumed is not None:
             self._progress = Progress(keeper.resumed.step, keeper.resumed.samples)
@@ -209,6 +212,11 @@ class JoinedNode:
         Raises UsageError if the node was closed or the model changed its layers.
         """
         self._check_open()
+        if self._shown:
+            raise UsageError(
+                "step() within averaged(): the model holds the mesh's weights there, and what is learned "
+                "is undone; train outside of it"
+            )
         self._progress.steps += 1
         self._progress.samples += int(samples or 0)
         if loss is not None:
@@ -240,6 +248,7 @@ class JoinedNode:
             self._attachment.session
         )  # None: alone, the training's own weights are all there is
         kept = self._tensors.copies()
+        self._shown += 1
         try:
             if session is not None:
                 self._tensors.load(session.offered)
@@ -247,6 +256,7 @@ class JoinedNode:
             yield
         finally:
             with uninterrupted():
+                self._shown -= 1
                 self._tensors.restore(kept)
                 if session is not None:
                     session.shown = False
@@ -318,6 +328,8 @@ class JoinedNode:
         if self._closed:
             return
         self._closed = True
+        if os.getpid() != self._pid:
+            return  # a forked child's copy of the `with` block ends: the training is its parent's
         try:
             if hand_over:
                 self._boundaries.last()
@@ -343,6 +355,10 @@ class JoinedNode:
         }
 
     def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"run {self.run!r} was joined by the process that forked this one: only that one may use it"
+            )
         if self._closed:
             raise UsageError(
                 f"run {self.run!r} is closed: step() and averaged() belong inside the `with` block"

@@ -245,6 +245,19 @@ def test_conditions_that_cannot_be_are_refused(bad):
         Conditions(**{"nodes": 2, "seed": 1, "steps": 5, **bad})
 
 
+def test_an_optimizer_may_ask_for_the_loss_more_than_once():
+    def with_lbfgs(rank):
+        model = torch.nn.Linear(INPUTS, CLASSES)
+        return (
+            model,
+            torch.optim.LBFGS(model.parameters(), lr=0.3),
+            torch.nn.functional.cross_entropy,
+        )
+
+    report = mesh.simulate(with_lbfgs, all_classes, nodes=2, steps=60, every=4, evaluate=accuracy)
+    assert report.accuracy.averaged > 0.6
+
+
 def test_what_a_training_raises_comes_out_as_it_is_and_an_empty_loader_is_said():
     def broken(rank):
         yield X[:4], Y[:4]
@@ -254,6 +267,11 @@ def test_what_a_training_raises_comes_out_as_it_is_and_an_empty_loader_is_said()
 
     with pytest.raises(LookupError, match="disk with the data"):
         mesh.simulate(build, broken, nodes=3, steps=5)
+    model, optimizer, loss = build(1)
+    with pytest.raises(mesh.UsageError, match="no optimizer"):
+        mesh.simulate(lambda rank: (model, None, loss), broken, nodes=2, steps=5)
+    with pytest.raises(mesh.UsageError, match="another machine's model"):
+        mesh.simulate(lambda rank: (model, optimizer, loss), broken, nodes=2, steps=5)
     with pytest.raises(mesh.UsageError, match="no batch"):
         mesh.simulate(build, lambda rank: [], nodes=1, steps=5)
     assert not [t for t in threading.enumerate() if t.name.startswith("rank ")]

@@ -282,6 +282,51 @@ def test_a_model_that_is_not_contiguous_is_averaged_in_place(places):
 # ------------------------------------------------------------------------------------------ errors
 
 
+def long_named(length):
+    model = torch.nn.Linear(1, 1, bias=False)
+    return torch.nn.ModuleDict({"x" * (length - len(".weight")): model})
+
+
+def test_a_step_within_averaged_is_a_mistake_and_changes_nothing(places):
+    with joined(places[0], 1) as (node, model, _):
+        live = weights(model).clone()
+        with pytest.raises(mesh.UsageError, match=r"step\(\) within averaged"), node.averaged():
+            node.step()
+        with node.averaged(), node.averaged():
+            pass
+        assert torch.equal(weights(model), live)
+        node.step()
+        assert node.steps == 1
+
+
+def test_a_forked_child_cannot_end_or_use_the_training_of_its_parent(places):
+    """It leaves its copy of the `with` block, as sys.exit() in a worker does."""
+    with joined(places[0], 1) as (node, model, optimizer):
+        child = os.fork()
+        if not child:
+            try:
+                node.step()
+            except mesh.UsageError as error:
+                node.close()
+                os._exit(7 if "forked" in str(error) else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        train(node, model, optimizer, 4)
+        assert node.statistics().attached
+
+
+def test_join_within_inference_mode_leaves_nothing_that_training_cannot_change(places):
+    model, _ = make(1)
+    optimizer = mesh.QuasiGlobalSGD(model.parameters(), lr=0.1)
+    with torch.inference_mode():
+        node = mesh.join(model, optimizer, run=RUN, every=2, sync_timeout=0.1, settings=places[0])
+    with node:
+        for _ in range(20):
+            train(node, model, optimizer)
+            time.sleep(0.002)
+        assert node.statistics().attached
+
+
 def test_mistakes_are_told_at_once_and_say_what_to_do(places):
     settings = places[0]
     model, optimizer = make(1)
@@ -293,8 +338,13 @@ def test_mistakes_are_told_at_once_and_say_what_to_do(places):
         (lambda: mesh.join(make(2)[0], optimizer, settings=settings), "make it from model.param"),
         (
             lambda: mesh.join(torch.nn.Linear(2, 2, dtype=torch.complex64), settings=settings),
-            "complex",
+            "complex.*persistent=False",
         ),
+        (
+            lambda: mesh.join(torch.nn.Linear(2, 2).to(torch.float8_e5m2), settings=settings),
+            "float8",
+        ),
+        (lambda: mesh.join(long_named(300), settings=settings), "300 characters: 256 at most"),
     ]:
         with pytest.raises(mesh.UsageError, match=message):
             bad()
