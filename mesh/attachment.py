@@ -229,6 +229,8 @@ class Attachment:
         self._kept = None
         if how == "donor":
             self._tensors.load(session.offered)
+        else:  # an exchange may have come before the offer was written
+            session.merge(self._tensors)
         session.posted[:] = session.offered
         self._met |= how == "donor"
         self._begun = True

@@ -31,6 +31,9 @@ second-level cache; shorter ones cost more in calls."""
 BLOCK: Final = 256
 """Entries of int8 that share a scale. A scale costs 4 bytes: 1.6 % of the block."""
 
+FEW: Final = 8
+"""Blocks up to which tensors are coded together with their neighbours."""
+
 STEPS: Final = 126.99
 """Steps of int8 from 0 to the largest entry of a block. Below 127, so that no rounding of the division
 reaches 128, which would come out as -128."""
@@ -213,24 +216,26 @@ def cut_at(lengths: Iterable[int]) -> Cut:
     if 4 * sum(-(-length // BLOCK) for length in lengths) > 3 * entries:
         lengths = [entries]
     pieces: list[Piece] = []
-    at = scale = 0
+    at = scale = held = 0
     short: list[int] = []
 
     def flush() -> None:
-        """Tensors of one block each are coded together: a call for each would take longer."""
-        nonlocal at, scale
+        """Tensors of a few blocks each are coded together: calls for each would take longer."""
+        nonlocal at, scale, held
         if short:
             counts = np.array(short)
-            where, scales = slice(at, at + sum(short)), slice(scale, scale + len(short))
+            where, scales = slice(at, at + held), slice(scale, scale + len(short))
             pieces.append(Piece(where, scales, np.cumsum(counts) - counts, counts))
-            at, scale = where.stop, scales.stop
+            at, scale, held = where.stop, scales.stop, 0
             short.clear()
 
     for length in lengths:
-        if length <= BLOCK:
-            if sum(short) + length > PIECE:
+        if length <= FEW * BLOCK:
+            if held + length > PIECE:
                 flush()
-            short.append(length)
+            whole, rest = divmod(length, BLOCK)
+            short += [BLOCK] * whole + [rest] * (rest > 0)
+            held += length
             continue
         flush()
         for part in _pieces(length):

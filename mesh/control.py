@@ -7,6 +7,7 @@ A post's trip: line -> _serve_training -> Run.post() merges -> Node.posted() -> 
 """
 
 import contextlib
+import gc
 import math
 import os
 import socket
@@ -26,7 +27,7 @@ from mesh.core.messages import SchemaEntry
 from mesh.core.schema import ENTRIES_LIMIT
 from mesh.core.strategies import KEPT_VECTORS, PAIR, check_strategy
 from mesh.dtypes import DTYPES
-from mesh.errors import MeshError, UsageError
+from mesh.errors import MeshError, NodeNotRunning, UsageError
 from mesh.lines import Lines, SocketLines, is_own_user
 from mesh.node import Node
 from mesh.runs import Run, RunSpec
@@ -61,7 +62,7 @@ class Control:
         self.linger_until = 0.0
         """on trio's clock: till when the node outlives the program that started it"""
         self.leaving = False
-        """no training is attached any more"""
+        """this node is about to end: no training is attached from now on"""
         self._answers: dict[str, Callable[[Request], dict[str, Any]]] = {
             "exited": self._exited,
             "linger": self._linger,
@@ -136,6 +137,8 @@ class Control:
     def _linger(self, request: Request) -> dict[str, Any]:
         """Stay so long even if whoever started this node ends: its crash is to be read, or another
         training is on its way to attach."""
+        if self.leaving:
+            raise NodeNotRunning("this node is about to end")
         until = trio.current_time() + _real(request, "linger_s", 0.0, 3600.0)
         self.linger_until = max(self.linger_until, until)
         return {}
@@ -308,6 +311,7 @@ async def _arrays() -> None:
     """Until this node can compute: its first run loads what for."""
     if not arrays.is_loaded():
         await trio.to_thread.run_sync(arrays.load)
+        gc.freeze()  # see process.py
 
 
 def _spec(request: Request) -> RunSpec:

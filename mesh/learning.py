@@ -125,13 +125,17 @@ def _program(
                 x, y = next(batches)
 
                 def closure() -> float:
-                    """LBFGS asks more than once."""
                     optimizer.zero_grad()
                     loss = loss_of(model(x), y)  # noqa: B023 (asked within this step)
                     loss.backward()  # type: ignore[no-untyped-call]
                     return float(loss.item())
 
-                node.step(loss=optimizer.step(closure), samples=len(x))
+                if isinstance(optimizer, torch.optim.LBFGS):  # the one that asks more than once
+                    loss = optimizer.step(closure)  # type: ignore[no-untyped-call]
+                else:
+                    loss = closure()
+                    optimizer.step()
+                node.step(loss=loss, samples=len(x))
             if conditions.meets:
                 laboratory.gather(machine)  # whoever left now would be missed by the slower ones
             with node.averaged():

@@ -131,6 +131,8 @@ class Player:
                 if self.begun == "donor":
                     self.x[:] = self.offered
                     self._met = True
+                else:  # an exchange may have come before the offer was written
+                    self.x += self.posted if self._differences else self.offered - self.posted
                 self.posted[:] = 0.0 if self._differences else self.offered  # nothing is lacking
             case "offered":
                 self._met = event["peers"] > 0 or self._met

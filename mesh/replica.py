@@ -169,11 +169,12 @@ class Replica:
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(posted[where], offered[where], out=step)
         length, first = square_norm(step), None
-        if not math.isfinite(length):
+        if not length < FAR * FAR:
             lost = ~(np.abs(step) < FAR)  # NaN is not below
-            step[lost] = 0
-            posted[where][lost] = offered[where][lost]
-            length, first = square_norm(step), where.start + int(lost.argmax())
+            if lost.any():
+                step[lost] = 0
+                posted[where][lost] = offered[where][lost]
+                length, first = square_norm(step), where.start + int(lost.argmax())
         self._steps[index] = length
         if _same(w, offered[where]):
             # Nobody has moved it since: a training alone is what it would be without a mesh, to the bit.

@@ -25,13 +25,15 @@ def run(settings: mesh.NodeSettings, script: str, args: list[str]) -> int:
         raise mesh.UsageError(f"no script {script!r} here")
     mesh.make_mesh_if_none(settings)
     own: mesh.NodeProcess | None = None
+    leaving: int | None = None
     try:
         running = mesh.find_node(str(settings.state))
+        leaving = running.pid
         mesh.ask(running, "linger", linger_s=LINGER_S)  # it may be about to end with its starter
         if settings != mesh.NodeSettings(state=settings.state):
             print("mesh: a node is up already and keeps its own settings", file=sys.stderr)
     except mesh.NodeNotRunning:
-        own = mesh.start_node(settings)
+        own = mesh.start_node(settings, leaving)
         running = own.running
     crashed = True
     try:

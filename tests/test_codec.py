@@ -133,6 +133,13 @@ def test_no_block_of_int8_holds_numbers_of_two_tensors(sizes, seed):
     assert room <= 4 * len(values) + 4, "never longer than float32"
 
 
+@pytest.mark.parametrize("size", [1, 2, 100, 256, 257, 2000])
+def test_many_small_tensors_cost_no_more_calls_than_a_large_one(size):
+    """A fragment is coded between two turns of the node's loop."""
+    count = 262_144 // size
+    assert len(cut_at([size] * count)) <= 2 * len(cut_at([262_144]))
+
+
 def test_a_fragment_is_cut_where_its_tensors_are():
     """In a replica of short fragments tensors begin and end anywhere in them."""
     sizes = [700, 0, 3, 3, 1, 2500, 300, 20, 1493]

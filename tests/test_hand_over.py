@@ -427,7 +427,7 @@ def test_an_offer_is_never_written_while_the_training_reads_it():
     in_pair(scenario)
 
 
-@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e17, 1e30])
 @pytest.mark.parametrize(
     ("dtype", "differences"),
     [

@@ -258,6 +258,20 @@ def test_an_optimizer_may_ask_for_the_loss_more_than_once():
     assert report.accuracy.averaged > 0.6
 
 
+def test_an_optimizer_of_ones_own_need_not_know_of_closures():
+    class Plain(torch.optim.SGD):
+        def step(self):
+            super().step()
+
+    def built(rank):
+        model, _, loss = build(rank)
+        return model, Plain(model.parameters(), lr=0.3), loss
+
+    assert (
+        mesh.simulate(built, all_classes, nodes=2, steps=40, evaluate=accuracy).accuracy.worst > 0.6
+    )
+
+
 def test_what_a_training_raises_comes_out_as_it_is_and_an_empty_loader_is_said():
     def broken(rank):
         yield X[:4], Y[:4]

@@ -77,7 +77,7 @@ def is_running(pid):
 
 def test_two_trainings_become_one_model_and_their_nodes_end_with_them(places):
     a, b = places
-    with joined(a, 1) as (first, x, ox), joined(b, 2) as (second, y, oy):
+    with joined(a, 1) as (first, x, ox), joined(b, 2, sync_timeout=5) as (second, y, oy):
         assert (first.statistics().began, second.statistics().began) == ("alone", "donor")
         assert torch.equal(weights(x), weights(y)), "the second begins with the first's weights"
         assert first.wait_for_peers(1, timeout=5)
@@ -249,7 +249,7 @@ def test_tied_weights_travel_once_and_integer_and_bool_buffers_never(places):
     a, b = places
     x, y = Odd(1), Odd(2)
     masks = x.mask.clone(), y.mask.clone()
-    with joined(a, 1, x) as (first, _, _), joined(b, 2, y) as (second, _, _):
+    with joined(a, 1, x) as (first, _, _), joined(b, 2, y, sync_timeout=5) as (second, _, _):
         second.wait_for_peers(1, timeout=5)
         status = mesh.ask(mesh.find_node(str(a.state)), "status")
         assert status["runs"][0]["entries"] == 20 + 3 + 4 * 4, "embedding, frozen, batch norm"
@@ -274,7 +274,7 @@ def test_a_model_that_is_not_contiguous_is_averaged_in_place(places):
     x, y = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     for model in (x, y):
         model.weight = torch.nn.Parameter(model.weight.detach().t().contiguous().t())
-    with joined(a, 1, x), joined(b, 2, y):
+    with joined(a, 1, x), joined(b, 2, y, sync_timeout=5):
         assert not y.weight.is_contiguous()
         assert torch.equal(x.weight, y.weight)
 
