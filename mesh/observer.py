@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from mesh.core.exchange import Initiation
 from mesh.core.messages import Member, RunInfo, SchemaEntry, SchemaPage, SchemaRequest
 from mesh.core.protocol import MeshProtocol
 from mesh.core.schema import ENTRIES_LIMIT, digest
+from mesh.core.strategies import fragment_entries
 from mesh.dtypes import DTYPES
 from mesh.errors import MeshError, NotFinite, RemoteProtocolError, UsageError
 from mesh.frames import STALL_S, send_frame
@@ -62,12 +63,17 @@ class Donor:
     member: Member
     info: RunInfo
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Only replicas of one kind are averaged with each other."""
+        return self.info.schema, self.info.strategy
+
 
 class Mean(Replica):
     """Of as many replicas as came so far, fragment by fragment. `weights` is the shared memory."""
 
-    def __init__(self, entries: int, values: Floats) -> None:
-        super().__init__(entries)
+    def __init__(self, entries: int, values: Floats, strategy: str) -> None:
+        super().__init__(entries, fragment_entries(strategy, entries))
         self.weights = values
         self.whole = 0
         """replicas that came in full"""
@@ -132,6 +138,7 @@ class Observer:
         self._pulls += 1
         try:
             donors, left_out = self._choose(await self._find(name), name)
+            strategy = donors[0].info.strategy
             own = self._own(name, donors)
             entries = own.spec.entries if own is not None else await self._entries(donors)
             size = sum(math.prod(entry.shape) for entry in entries)
@@ -149,8 +156,9 @@ class Observer:
                     },
                     memory.descriptor,
                 )
-                pull = _Pull(self._initiator, memory.posted, nodes, donors, hear)
-                await pull.run(self._observing(name, entries, memory, pull.mean), own)
+                mean = Mean(size, memory.posted, strategy)
+                pull = _Pull(self._initiator, mean, nodes, donors, hear)
+                await pull.run(self._observing(name, entries, memory, mean), own)
             finally:
                 memory.close()
         finally:
@@ -173,16 +181,17 @@ class Observer:
         return [Donor(row, info) for row in rows for info in row.runs if info.run == name]
 
     def _choose(self, holders: list[Donor], name: str) -> tuple[list[Donor], list[Donor]]:
-        """(those to pull from, in random order; those whose schema fewer hold).
+        """(those to pull from, in random order; those whose schema, or strategy, fewer hold).
 
         Only replicas that met others are averaged: of those that trained alone the mean would be no
         model, so the one that came furthest gives.
         """
-        votes = Counter(donor.info.schema for donor in holders)
+        votes = Counter(donor.kind for donor in holders)
         mine = self._protocol.run_info(name)
-        most = max(votes, key=lambda s: (votes[s], mine is not None and s == mine.schema, s))
-        left_out = [donor for donor in holders if donor.info.schema != most]
-        donors = [donor for donor in holders if donor.info.schema == most]
+        own = mine and (mine.schema, mine.strategy)
+        most = max(votes, key=lambda kind: (votes[kind], kind == own, kind))
+        left_out = [donor for donor in holders if donor.kind != most]
+        donors = [donor for donor in holders if donor.kind == most]
         met = [donor for donor in donors if donor.info.exchanged]
         if not met:
             met = [max(donors, key=lambda donor: (donor.info.progress, donor.member.node))]
@@ -254,9 +263,9 @@ class _Pull:
     """One model on its way."""
 
     def __init__(
-        self, initiator: Initiator, values: Floats, nodes: int, donors: list[Donor], hear: Hear
+        self, initiator: Initiator, mean: Mean, nodes: int, donors: list[Donor], hear: Hear
     ) -> None:
-        self.mean = Mean(len(values), values)
+        self.mean = mean
         self._initiator = initiator
         self._nodes = nodes
         self._donors = donors
@@ -315,7 +324,7 @@ class _Pull:
             codec=EXACT,
         )
         record.goes_on_at(first := self.mean.next)
-        info = RunInfo(run=run.name, schema=donor.info.schema, started=False, exchanged=False)
+        info = replace(donor.info, started=False, exchanged=False, progress=0)
         outcome, reason = await self._initiator.observe(run, record, donor.member.addresses, info)
         if record.clock_answer is not None and record.applied > first:
             self._clocks.append(record.clock_answer)
@@ -341,7 +350,8 @@ class _Pull:
 
 
 def _why_left_out(donor: Donor) -> str:
-    return f"{donor.member.name} (schema {donor.info.schema})"
+    schema, strategy = donor.kind
+    return f"{donor.member.name} (schema {schema}, strategy {strategy})"
 
 
 def _tell_nobody(event: dict[str, Any]) -> None:

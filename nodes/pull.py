@@ -25,7 +25,9 @@ def run(node: mesh.RunningNode, name: str, path: Path, peers: int, *, as_json: b
     for line in model.lost:
         render.say(f"mesh: left out {line}")
     if model.left_out:
-        render.say(f"mesh: left out, their layers differ: {', '.join(model.left_out)}")
+        render.say(
+            f"mesh: left out, their layers or strategies differ: {', '.join(model.left_out)}"
+        )
     nodes = f"{model.averaged} node{'s' * (model.averaged > 1)}"
     print(
         f"{path}: {len(model.schema)} tensors, {text.size(size)}, the mean of {nodes} "

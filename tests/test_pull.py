@@ -17,8 +17,10 @@ import trio
 from mesh import observer, pulled, replica
 from mesh.codec import EXACT
 from mesh.core.messages import SchemaEntry
+from mesh.core.strategies import STRATEGIES
 from mesh.errors import MeshError, UsageError
 from mesh.net.simulated import Weather
+from mesh.player import Player
 from mesh.pulled import PulledModel
 from mesh.responder import Responder
 from mesh.runs import RunSpec
@@ -106,6 +108,32 @@ def test_an_observer_gets_the_mean_of_the_replicas_and_changes_nothing(small_fra
     run_seeded(main, 1)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_model_of_any_strategy_is_pulled_from_afar_and_where_it_is_trained(strategy):
+    """`cyclic` has fragments of its own length."""
+    values = np.arange(20, dtype=np.float32)
+
+    async def main(rng):
+        async with memory_mesh(rng, 4) as mesh:
+            players = [Player(values * (k + 1), strategy=strategy) for k in range(2)]
+            for index, player in enumerate(players, 1):
+                player.began, player._met = "again", True
+                await player.attach(mesh.nodes[index])
+            other = Player(values, strategy="clip" if strategy == "pair" else "pair")
+            await other.attach(mesh.nodes[3])
+            await until(lambda: all(p.run.partners() == 1 and p.begun for p in players), 30)
+            await trio.sleep(30)
+            mean = sum(player.weights for player in players) / 2
+            for asked in (4, 1):
+                model = await pull(mesh, asked)
+                assert model["averaged"] == 2, model["lost"]
+                assert np.allclose(model.values, mean, rtol=1e-3, atol=1e-3)
+                [left_out] = model.events[0]["left_out"]
+                assert left_out.startswith("n3 (schema ")
+
+    run_seeded(main, 1)
+
+
 def test_a_machine_that_trains_the_run_counts_its_own_replica_as_one(small_fragments):
     async def main(rng):
         async with memory_mesh(rng, 3) as mesh:
@@ -149,7 +177,7 @@ def test_where_schemas_differ_most_nodes_have_their_way_and_the_others_are_named
             model = await pull(mesh, 4)
             assert sorted(model["sources"]) == ["n1", "n2"]
             [left_out] = model.events[0]["left_out"]
-            assert left_out == f"n3 (schema {other.run.spec.schema})"
+            assert left_out == f"n3 (schema {other.run.spec.schema}, strategy pair)"
 
     run_seeded(main, 4)
 
