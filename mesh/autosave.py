@@ -114,7 +114,7 @@ class Autosave:
             if self._thread is not None:
                 self._thread.join()
             if snapshot is not None:
-                self._write(*snapshot)
+                self._write(*snapshot, last=True)
         finally:
             self.close()
 
@@ -125,11 +125,18 @@ class Autosave:
             self._lock = -1
             _USED_HERE.discard(self._key)
 
-    def _write(self, about: dict[str, object], tensors: bytes | bytearray) -> None:
+    def _write(
+        self, about: dict[str, object], tensors: bytes | bytearray, *, last: bool = False
+    ) -> None:
+        """Says once that it fails, and again of the last: what it would have held is lost."""
         try:
             write_generation(self.path, about, tensors)
         except MeshError as error:
-            if not self._failing:
+            if last:
+                logger.warning(
+                    "%s: what was learned since the checkpoint before is not saved", error
+                )
+            elif not self._failing:
                 logger.warning("%s: the checkpoint before stays; training goes on", error)
             self._failing = True
         else:

@@ -181,7 +181,9 @@ def write(keeper, step):
         keeper.step(step=step, **FIGURES)
 
 
-def test_a_full_disk_is_told_once_and_the_next_checkpoint_is_tried(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_told_once_and_again_of_the_last_checkpoint_and_the_next_is_tried(
+    tmp_path, monkeypatch, caplog
+):
     model, optimizer = make(1)
     keeper = Keeper(model, optimizer, Autosave(tmp_path, "toy", 0.0))
     tries, full = [], True
@@ -202,8 +204,12 @@ def test_a_full_disk_is_told_once_and_the_next_checkpoint_is_tried(tmp_path, mon
             until(lambda step=step: written(step), "a try")
         full = False
         until(lambda: written(4), "a try")
-        keeper.close()
-    assert caplog.text.count("No space left on device: the checkpoint before stays") == 1
+        full = True
+        until(lambda: written(5), "a try")
+        keeper.finish(step=6, **FIGURES)
+        assert tries[-1] == 6
+    assert "device: what was learned since the checkpoint before is not saved" in caplog.text
+    assert caplog.text.count("No space left on device: the checkpoint before stays") == 2
     assert caplog.text.count("checkpoints are written again") == 1
 
 
