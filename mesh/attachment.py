@@ -197,7 +197,7 @@ class Attachment:
                 return
             except NodeNotRunning:
                 # A node that ends with its last training has turned this one away. Ours has no reason to.
-                if running.pid == leaving or (self._process and self._process.is_own):
+                if self._process is not None and self._process.is_own:
                     raise
                 self._process, leaving = None, running.pid
 

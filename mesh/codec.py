@@ -53,9 +53,10 @@ class Piece:
 
     where: slice
     scales: slice
-    starts: "NDArray[np.intp] | None" = None
-    """of each block, and each one's `lengths`, where they are not all of BLOCK entries but for the last"""
+    starts: "NDArray[np.intp]"
+    """of each block"""
     lengths: "NDArray[np.intp] | None" = None
+    """of each block, where they are not all of BLOCK entries but for the last"""
 
 
 Cut = tuple[Piece, ...]
@@ -169,7 +170,7 @@ class Int8:
         return np.empty(PIECE, dtype=np.float32)
 
     def encoded_bytes(self, entries: int, cut: Cut | None = None) -> int:
-        return entries + 4 * _blocks(entries, cut)
+        return entries + 4 * _blocks(_cut_of(entries, cut))
 
     def room(self, out: memoryview, spare: Floats) -> Floats:
         return spare
@@ -178,13 +179,13 @@ class Int8:
         return None
 
     def encode(self, values: Floats, out: memoryview, cut: Cut | None = None) -> None:
-        scales, steps = _parts(out, len(values), cut)
+        cut = _cut_of(len(values), cut)
+        scales, steps = _parts(out, cut)
         with np.errstate(over="ignore", invalid="ignore"):
-            for piece in cut_at([len(values)]) if cut is None else cut:
+            for piece in cut:
                 given, its_scales = values[piece.where], scales[piece.scales]
                 scaled = np.abs(given, out=self._scratch[: len(given)])
-                starts = _starts()[: len(its_scales)] if piece.starts is None else piece.starts
-                peaks = np.maximum.reduceat(scaled, starts)
+                peaks = np.maximum.reduceat(scaled, piece.starts)
                 np.divide(np.maximum(peaks, SMALLEST), STEPS, out=its_scales)
                 _scale_blocks(given, np.reciprocal(its_scales), piece, out=scaled)
                 begin = self._rng.randrange(PIECE)
@@ -193,12 +194,13 @@ class Int8:
                 np.copyto(steps[piece.where], scaled, casting="unsafe")
 
     def decode(self, body: memoryview, out: Floats, cut: Cut | None = None) -> Floats:
-        scales, steps = _parts(body, len(out), cut)
+        cut = _cut_of(len(out), cut)
+        scales, steps = _parts(body, cut)
         # A scale below zero would turn the weights round and look well.
         scales = scales.copy()
         scales[~(scales >= 0)] = np.nan
         with np.errstate(over="ignore", invalid="ignore"):
-            for piece in cut_at([len(out)]) if cut is None else cut:
+            for piece in cut:
                 numbers = out[piece.where]
                 np.copyto(numbers, steps[piece.where])
                 _scale_blocks(numbers, scales[piece.scales], piece, out=numbers)
@@ -241,7 +243,7 @@ def cut_at(lengths: Iterable[int]) -> Cut:
         for part in _pieces(length):
             where = slice(at, at + part.stop - part.start)
             scales = slice(scale, scale - (part.start - part.stop) // BLOCK)
-            pieces.append(Piece(where, scales))
+            pieces.append(Piece(where, scales, _starts()[: scales.stop - scale]))
             at, scale = where.stop, scales.stop
     flush()
     return tuple(pieces)
@@ -265,15 +267,18 @@ def _pieces(entries: int) -> Iterator[slice]:
         yield slice(start, min(start + PIECE, entries))
 
 
-def _blocks(entries: int, cut: Cut | None) -> int:
-    if cut is None:
-        return -(-entries // BLOCK)
+def _cut_of(entries: int, cut: Cut | None) -> Cut:
+    """As given, or that of one tensor."""
+    return cut_at([entries]) if cut is None else cut
+
+
+def _blocks(cut: Cut) -> int:
     return cut[-1].scales.stop if cut else 0
 
 
-def _parts(body: memoryview, entries: int, cut: Cut | None) -> "tuple[Floats, NDArray[np.int8]]":
+def _parts(body: memoryview, cut: Cut) -> "tuple[Floats, NDArray[np.int8]]":
     """(scales, steps) of an int8 body: views."""
-    end = 4 * _blocks(entries, cut)
+    end = 4 * _blocks(cut)
     return np.frombuffer(body[:end], dtype="<f4"), np.frombuffer(body[end:], dtype=np.int8)
 
 

@@ -8,7 +8,6 @@ A post's trip: line -> _serve_training -> Run.post() merges -> Node.posted() -> 
 
 import contextlib
 import gc
-import math
 import os
 import socket
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from mesh.arguments import Request
 from mesh.codec import EXACT, check_codec
 from mesh.core.clock import CLOCK_LIMIT
 from mesh.core.messages import SchemaEntry
-from mesh.core.schema import ENTRIES_LIMIT
+from mesh.core.schema import ENTRIES_LIMIT, NAME_LIMIT, sizes
 from mesh.core.strategies import KEPT_VECTORS, PAIR, check_strategy
 from mesh.dtypes import DTYPES
 from mesh.errors import MeshError, NodeNotRunning, UsageError
@@ -177,7 +176,7 @@ class Control:
             spec = _spec(request)
             await self._make_way(spec.run)
             self._node.check_run(spec)
-            entries = sum(math.prod(entry.shape) for entry in spec.entries)
+            entries = sum(spec.sizes)
             vectors = len(KEPT_VECTORS.get(spec.strategy, ())) if spec.keeps else 0
             await _arrays()
             memory = HandOverMemory.create(entries, vectors)
@@ -324,7 +323,7 @@ def _spec(request: Request) -> RunSpec:
     entries = tuple(_entry(item) for item in schema)
     codec = check_codec(request.get("codec", EXACT))
     weight = _real(request, "weight", 0.0, 1e12)
-    if not 0 < sum(math.prod(entry.shape) for entry in entries) <= MODEL_LIMIT_ENTRIES:
+    if not 0 < sum(sizes(entries)) <= MODEL_LIMIT_ENTRIES:
         raise UsageError(f"a model has 1..{MODEL_LIMIT_ENTRIES:,} numbers")
     return RunSpec(
         run=name,
@@ -349,7 +348,7 @@ def _spec(request: Request) -> RunSpec:
 def _entry(item: object) -> SchemaEntry:
     match item:
         case [str(name), list(shape), str(dtype)] if (
-            len(name) <= 256
+            len(name) <= NAME_LIMIT
             and name.isprintable()
             and dtype in DTYPES
             and len(shape) <= 16

@@ -7,6 +7,7 @@ that are gone for good.
 
 import itertools
 from collections.abc import Awaitable, Callable
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -244,23 +245,15 @@ class Faults:
 
     async def _detach(self) -> None:
         if (machine := self._victim()) is not None and machine.training is not None:
-            training = machine.training
-            training.wanted = False
-
-            def again() -> None:
-                training.wanted = True
-
+            machine.training.wanted = False
+            again = partial(setattr, machine.training, "wanted", True)
             self._later(self._rng.uniform(0.5, 5), again)
 
     async def _pause(self) -> None:
         """`mesh pause`, and `mesh resume` some time later."""
         if (machine := self._victim()) is not None and machine.training is not None:
-            training = machine.training
-            training.paused = True
-
-            def again() -> None:
-                training.paused = False
-
+            machine.training.paused = True
+            again = partial(setattr, machine.training, "paused", False)
             self._later(self._rng.uniform(0.1, 5), again)
 
     async def _move(self) -> None:

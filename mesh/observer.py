@@ -25,7 +25,7 @@ from mesh.core.events import Outcome
 from mesh.core.exchange import Initiation
 from mesh.core.messages import Member, RunInfo, SchemaEntry, SchemaPage, SchemaRequest
 from mesh.core.protocol import MeshProtocol
-from mesh.core.schema import ENTRIES_LIMIT, digest
+from mesh.core.schema import ENTRIES_LIMIT, digest, sizes
 from mesh.core.strategies import fragment_entries
 from mesh.dtypes import DTYPES
 from mesh.errors import MeshError, NotFinite, RemoteProtocolError, UsageError
@@ -141,7 +141,7 @@ class Observer:
             strategy = donors[0].info.strategy
             own = self._own(name, donors)
             entries = own.spec.entries if own is not None else await self._entries(donors)
-            size = sum(math.prod(entry.shape) for entry in entries)
+            size = sum(sizes(entries))
             try:
                 memory = HandOverMemory.create(size)  # of which the second half is never touched
             except OSError as error:
@@ -235,7 +235,7 @@ class Observer:
             raise RemoteProtocolError("its layers are not those of its schema")
         if any(entry.dtype not in DTYPES for entry in entries):
             raise RemoteProtocolError("a type that cannot be averaged")
-        if not 0 < sum(math.prod(e.shape) for e in entries) <= MODEL_LIMIT_ENTRIES:
+        if not 0 < sum(sizes(tuple(entries))) <= MODEL_LIMIT_ENTRIES:
             raise RemoteProtocolError("a model that is too large, or empty")
         return tuple(entries)
 

@@ -75,6 +75,11 @@ class Player:
         """The replica's, as they are now."""
         return self.run.replica.weights
 
+    @property
+    def _lacking(self) -> Floats:
+        """What the offer in hand adds to x."""
+        return self.posted if self._differences else self.offered - self.posted
+
     async def attach(self, node: Node, shape: tuple[int, ...] = ()) -> None:
         """Attaches to a node, for the first time or after the last one died."""
         self.node, self.begun, self._run = node, None, None
@@ -114,7 +119,7 @@ class Player:
         run, node = self.run, self.node
         if run.ours:
             return
-        self.x += self.posted if self._differences else self.offered - self.posted
+        self.x += self._lacking
         self.posted[:] = self.x
         await run.post(step=self.steps, loss=self.loss, samples=self.samples)
         if node is not None and self.node is node:  # else it died meanwhile
@@ -132,7 +137,7 @@ class Player:
                     self.x[:] = self.offered
                     self._met = True
                 else:  # an exchange may have come before the offer was written
-                    self.x += self.posted if self._differences else self.offered - self.posted
+                    self.x += self._lacking
                 self.posted[:] = 0.0 if self._differences else self.offered  # nothing is lacking
             case "offered":
                 self._met = event["peers"] > 0 or self._met

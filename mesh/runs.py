@@ -6,7 +6,6 @@ loop its turn between two fragments, and of these only one is under way at a tim
 training would be handed half of one model and half of another. Exchanges go on meanwhile.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from mesh.core.events import Beginning
 from mesh.core.exchange import Initiation, Responses
 from mesh.core.guard import Guard
 from mesh.core.messages import NodeId, SchemaEntry
-from mesh.core.schema import digest, name_at
+from mesh.core.schema import digest, name_at, sizes
 from mesh.core.strategies import CLIP_PEERS, OUTER, PAIR
 from mesh.counters import Counters
 from mesh.errors import LocalProtocolError
@@ -81,8 +80,8 @@ class RunSpec:
 
     @property
     def sizes(self) -> list[int]:
-        """Entries of each tensor, as they follow each other in a flat buffer."""
-        return [math.prod(entry.shape) for entry in self.entries]
+        """Numbers of each tensor."""
+        return sizes(self.entries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import torch
 
 from mesh.arrays import Floats
 from mesh.batchnorm import RunningStatistics, running_statistics
+from mesh.core.schema import NAME_LIMIT
 from mesh.dtypes import MOMENT
 from mesh.errors import UsageError
 from mesh.named_tensors import NO_WEIGHT, bare, floating, refuse_not_finite, refuse_overlaps
@@ -34,9 +35,6 @@ WIDE = (torch.float32, torch.float64)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A tensor, and its part of a flat buffer."""
-
-NAME_LIMIT = 256
-"""Characters of a tensor's name: a page of 100 schema entries fits into one frame."""
 
 PIECE_ENTRIES = 1 << 17
 """Of one thread: three vectors of 512 KiB lie in its second cache, or nearly."""

@@ -66,6 +66,7 @@ from mesh.core.messages import (
     Versions,
     Wanted,
 )
+from mesh.core.schema import NAME_LIMIT
 from mesh.errors import LocalProtocolError, RemoteProtocolError
 from mesh.fields import (
     Invalid,
@@ -156,7 +157,7 @@ def _member(value: Any) -> Member:
 
 
 _turn = record(Turn, view=text(16), position=_position, step=part)
-_entry = record(SchemaEntry, name=text(256), shape=many(whole(0, 2**40), 16), dtype=text(16))
+_entry = record(SchemaEntry, name=text(NAME_LIMIT), shape=many(whole(0, 2**40), 16), dtype=text(16))
 _hello = record(
     Hello,
     protocol=whole(0, 2**31),

@@ -17,6 +17,9 @@ PAGE_ENTRIES = 100
 """Entries of at most about 400 bytes each: a page stays under the 64 KiB of a control frame."""
 
 ENTRIES_LIMIT = 65_536
+NAME_LIMIT = 256
+"""Characters of a tensor's name."""
+
 REASONS_LIMIT = 256
 UNKNOWN = "schema differs"
 """"where" is not known yet"""
@@ -28,9 +31,14 @@ def digest(entries: tuple[SchemaEntry, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def sizes(entries: tuple[SchemaEntry, ...]) -> list[int]:
+    """Numbers of each tensor, as they follow each other in a flat buffer."""
+    return [math.prod(entry.shape) for entry in entries]
+
+
 def name_at(entries: tuple[SchemaEntry, ...], position: int) -> str:
     """Of the tensor that holds this entry of the flat buffer."""
-    ends = itertools.accumulate(math.prod(entry.shape) for entry in entries)
+    ends = itertools.accumulate(sizes(entries))
     return next(entry.name for entry, end in zip(entries, ends, strict=True) if position < end)
 
 
